@@ -1,0 +1,154 @@
+"""ALiBi: the slopes, and which keys can matter to which queries at all (exact skipping)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def alibi_slopes(n_heads: int, alibi_bias_max: float = 8.0) -> Tensor:
+    """Slopes of ALiBi (Press et al. 2022, arXiv 2108.12409; MPT's order for head counts that are no power of two).
+
+    Returns (n_heads,) fp32, positive: head h adds -slopes[h] * (i - j) to the score of query i on key j. With n the
+    next power of two, s_i = 2^(-i * alibi_bias_max / n) for i = 1..n; for n != n_heads every second one comes first,
+    then the others, cut to n_heads. ValueError unless n_heads >= 1 and alibi_bias_max > 0.
+    """
+    if n_heads < 1:
+        raise ValueError(f"n_heads is {n_heads}; it must be at least 1")
+    if not (alibi_bias_max > 0 and math.isfinite(alibi_bias_max)):
+        raise ValueError(f"alibi_bias_max is {alibi_bias_max}; it must be positive and finite")
+    n = 1 << (n_heads - 1).bit_length()
+    slopes = torch.tensor([2.0 ** (-i * alibi_bias_max / n) for i in range(1, n + 1)], dtype=torch.float64)
+    if n != n_heads:
+        slopes = torch.cat([slopes[1::2], slopes[::2]])[:n_heads]
+    return slopes.to(torch.float32)
+
+
+# ---- which keys can matter -------------------------------------------------------------------------------------------
+
+GRAIN = 64  # first kept keys are multiples of this
+BAND = 32  # a row's total is bounded from below by its sum over its own block of so many keys and the block before it
+
+_LOG2E = math.log2(math.e)
+_BIG = 3.0e38  # stands for inf and NaN: such a key or query keeps everything
+_TINY = 2.0**-59  # the norm of 256 squares that were flushed to zero
+_RHO = 2.0**-12  # relative error of a score: dot product in fp32, conversion to it included
+_RHO_TF32 = 2.0**-8  # the same where fp32 products may be TF32
+_FAR = 1.0 - 2.0**-20  # relative error of a bias
+_PIECE = 64 * BAND  # queries whose near scores exist at once
+
+
+class Rules(NamedTuple):
+    """Which query sees which key; the meaning of each is that of `flash_attention`'s argument."""
+
+    causal: bool
+    window: int | None
+    query_offset: int
+    attention_mask: Tensor | None
+    sequence_id: Tensor | None
+    prefix_mask: Tensor | None
+
+    @property
+    def masked(self) -> bool:
+        """Whether visibility depends on more than j - i."""
+        return not (self.attention_mask is None and self.sequence_id is None and self.prefix_mask is None)
+
+
+def first_kept(q: Tensor, k: Tensor, slopes: Tensor, rules: Rules, *, chunk: int, bits: int) -> Tensor:
+    """The first key that each chunk of queries has to read; those before it weigh at most 2^-bits of any row's total,
+    for any input.
+
+    q (N, R, S, D), times the softmax scale, k (N, T, D), slopes (N, R), N = kv heads x batch with the batch last.
+    Returns int32 (N, R, ceil(S / chunk)): multiples of GRAIN, not beyond the position of the chunk's first query.
+
+    Method: a row's total is at least exp(L), its sum over the visible keys near its diagonal. With K_b the largest norm
+    of the keys before b, those weigh at most exp(|q_i| K_b - m (i - b + 1)) * min(b, 1 / (1 - exp(-m))). In base 2,
+    every rounding on the safe side; a comparison that is not true (inf, NaN) keeps. The bound grows with b, so a
+    bisection finds the largest b that passes for every row of the chunk.
+    """
+    n, r, s, _ = q.shape
+    chunks, rho = -(-s // chunk), _RHO if q.device.type == "cpu" else _RHO_TF32
+    q, k, slope = q.float(), k.float(), slopes.float()[..., None]
+    size = _norms(q) * _LOG2E
+    low = _near_lse(q, k, slope, rules) * _LOG2E
+    low = low.masked_fill(~low.isfinite(), -math.inf)
+    k_max = F.pad(_norms(k), (0, -k.shape[1] % GRAIN)).view(n, -1, GRAIN).amax(-1).cummax(-1).values
+    k_max = F.pad(k_max, (1, 0))  # k_max[:, c]: over the keys before c * GRAIN
+    blocks = k_max.shape[1] - 1
+
+    row = torch.arange(s, device=q.device)
+    start = row[::chunk] + rules.query_offset
+    own = k_max[:, ((row + rules.query_offset) // GRAIN + 1).clamp(max=blocks)][:, None]
+    # Distances relative to the chunk's first query.
+    rest = rho * size * own - _FAR * _LOG2E * slope * (row % chunk + 1) - low
+    rest = F.pad(rest, (0, -s % chunk), value=-_BIG).view(n, r, chunks, chunk)
+    size = F.pad(size * (1 + rho), (0, -s % chunk)).view(n, r, chunks, chunk)
+    geometric = 1 / slope + 0.5 + slope / 12  # >= 1 / (1 - exp(-slope)), without its cancellation; inf for slope 0
+
+    passes = torch.zeros(n, r, chunks, dtype=torch.long, device=q.device)
+    fails = torch.where(slope >= 0, (start // GRAIN).clamp(max=blocks) + 1, 1)
+    for _ in range(blocks.bit_length() + 1):
+        cut = (passes + fails) // 2
+        before = cut * GRAIN
+        worst = (size * k_max[:, None].expand(n, r, -1).gather(2, cut)[..., None] + rest).amax(-1)
+        worst = worst - _FAR * _LOG2E * slope * (start - before) + torch.minimum(before, geometric).log2()
+        good = (worst <= -(bits + 1 / 16)) | (cut == 0)
+        passes, fails = torch.where(good, cut, passes), torch.where(good, fails, cut)
+    return (passes * GRAIN).int()
+
+
+def _near_lse(q: Tensor, k: Tensor, slope: Tensor, rules: Rules) -> Tensor:
+    """(N, R, S): log-sum-exp of each row over its visible near keys, natural log; -inf or NaN where it sees none of
+    them.
+    """
+    n, r, s, d = q.shape
+    t, parts = k.shape[1], []
+    for first in range(0, s, _PIECE):
+        rows = q[:, :, first : first + _PIECE]
+        count, begin = rows.shape[2], rules.query_offset + first - BAND
+        rows = F.pad(rows, (0, 0, 0, -count % BAND)).view(n, r, -1, BAND, d)
+        blocks = rows.shape[2]
+        near = k[:, max(begin, 0) : max(begin + (blocks + 1) * BAND, 0)]
+        before = max(-begin, 0)
+        near = F.pad(near, (0, 0, before, (blocks + 1) * BAND - before - near.shape[1])).reshape(n, -1, BAND * d)
+        near = torch.cat([near[:, :-1], near[:, 1:]], -1).view(n, blocks, 2 * BAND, d)
+        scores = torch.einsum("nrubd,nukd->nrubk", rows, near).reshape(n, r, -1, 2 * BAND)[:, :, :count]
+
+        query = torch.arange(first, first + count, device=q.device)
+        away = (
+            torch.arange(BAND, -BAND, -1, device=q.device) + (query % BAND)[:, None]
+        )  # how far each near key lies back
+        see = _sees(rules, query, away, t)
+        see = see.repeat(n // see.shape[0], 1, 1)[:, None] if see.dim() == 3 else see
+        scores.sub_(slope[..., None] * away).masked_fill_(~see, -math.inf)
+        top = scores.amax(-1, keepdim=True)
+        parts.append(scores.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1))
+    return torch.cat(parts, -1)
+
+
+def _sees(rules: Rules, query: Tensor, away: Tensor, keys: int) -> Tensor:
+    """Which of the keys `away` (S, K) before each query it sees; those after it count as unseen. Bool (S, K) or (B, S,
+    K).
+    """
+    position = query[:, None] + rules.query_offset
+    key = position - away
+    see = (away >= 0) & (key >= 0) & (key < keys)
+    key = key.clamp(0, keys - 1)
+    if rules.window is not None:
+        see = see & (away < rules.window)
+    if rules.attention_mask is not None:
+        see = see & rules.attention_mask.bool()[:, key]
+    if rules.sequence_id is not None:
+        own = rules.sequence_id[:, position]
+        see = see & (rules.sequence_id[:, key] == own) & (own >= 0)
+    return see
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Euclidean norms over the last dimension, never too small by more than rounding, and finite: inf and NaN become
+    the largest.
+    """
+    size = torch.linalg.vector_norm(x, dim=-1) + _TINY
+    return torch.where(size < _BIG, size, _BIG)

@@ -1,0 +1,100 @@
+"""Which implementation runs an operation, the one switch to override it, and the argument checks every operation
+shares.
+
+Precedence: the `backend` argument of a call > the environment's MPT_KERNELS > `set_default` (a recipe's `kernels:`) >
+auto.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+NAMES = ("auto", "triton", "torch", "reference")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_default = "auto"
+
+
+def set_default(name: str) -> None:
+    """Set what runs where neither an argument nor MPT_KERNELS says. ValueError on an unknown name."""
+    global _default
+    _checked(name, "kernels")
+    _default = name
+
+
+def choose(op: str, tensor: Tensor, override: str | None = None) -> Literal["torch", "reference"]:
+    """The implementation of `op` for a call on `tensor`. ValueError on a name that is unknown, or that `op` lacks."""
+    source, name = "backend", override
+    if name is None:
+        source, name = "MPT_KERNELS", os.environ.get("MPT_KERNELS")
+    if name is None:
+        source, name = "kernels", _default
+    _checked(name, source)
+    if name == "triton":
+        raise ValueError(f"{source} is 'triton': no Triton kernel for {op} yet (tensor on {tensor.device}); use 'auto'")
+    return "reference" if name == "reference" else "torch"
+
+
+def _checked(name: str, source: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{source} is {name!r}; it must be one of {', '.join(NAMES)}")
+
+
+def check_tensors(op: str, **tensors: Tensor | None) -> None:
+    """TypeError unless the given ones are plain tensors on one device; None is left out."""
+    first: tuple[str, Tensor] | None = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is {type(t).__name__}; pass a torch.Tensor")
+        if type(t).__name__ == "DTensor":
+            raise TypeError(f"{op}: {name} is a DTensor; pass its local part (`.to_local()`) or the full tensor")
+        if first is None:
+            first = (name, t)
+        elif t.device != first[1].device:
+            raise TypeError(f"{op}: {name} is on {t.device} and {first[0]} on {first[1].device}; move them together")
+
+
+def check_dtypes(op: str, **tensors: Tensor | None) -> None:
+    """TypeError unless the given ones share one floating dtype (fp16, bf16, fp32 or fp64)."""
+    given = {name: t.dtype for name, t in tensors.items() if t is not None}
+    for name, dtype in given.items():
+        if dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} is {dtype}; use float16, bfloat16, float32 or float64")
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
+        raise TypeError(f"{op}: mixed dtypes ({listed}); cast them to one, or run under torch.autocast")
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast asks for on this tensor's device; None outside autocast, and for float64, which it leaves alone."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which the operations on this tensor's device keep the dtypes that they are given."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def refuse_second_derivative(op: str) -> Any:
+    """The autograd formula of `mpt::<op>_backward`: there is none, and the error says so by name."""
+
+    def refuse(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"mpt::{op} has no second derivative; MPT_KERNELS=reference runs a form that has every derivative"
+        )
+
+    return refuse

@@ -1,0 +1,39 @@
+"""The product of two matrices, a b^T, by the fastest library that sums in at least fp32.
+
+torch sends low-precision products on a CPU to oneDNN and fp32 ones to MKL, which leaves half of an AMD processor's
+speed unused (AVX-512) and is slow for a few rows anywhere. Here fp32 goes to oneDNN as well, through the operation
+that torch's own compiler calls.
+"""
+
+import platform
+
+import torch
+from torch import Tensor
+
+_LEAST = 2**21  # multiplications below which the call's overhead decides
+_TERMS = (1024, 8192)  # between these oneDNN sums terms one by one: summed in parts, the rounding error stays MKL's
+_PART = 768
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T, contiguous: a (M, K), b (N, K) -> (M, N), one floating dtype, any strides. Not differentiable."""
+    (m, k), n = a.shape, b.shape[0]
+    if a.dtype != torch.float32 or m * n * k < _LEAST or not _onednn(a):
+        return torch.mm(a, b.mT)
+    linear = torch.ops.mkldnn._linear_pointwise
+    if not _TERMS[0] < k < _TERMS[1]:
+        return linear(_dense(a), _dense(b), None, "none", [], "")
+    step = -(-k // -(-k // _PART))
+    out = linear(_dense(a[:, :step]), _dense(b[:, :step]), None, "none", [], "")
+    for i in range(step, k, step):
+        out = linear.binary(_dense(a[:, i : i + step]), out, _dense(b[:, i : i + step]), None, "add")
+    return out
+
+
+def _onednn(a: Tensor) -> bool:
+    return a.device.type == "cpu" and platform.machine() == "x86_64" and torch.backends.mkldnn.is_available()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x, or its transpose, without gaps: oneDNN is a thousand times slower on anything else."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()

@@ -1,0 +1,185 @@
+"""ALiBi slopes against the published rule, and the proof that what is skipped weighs at most 2^-24 of its row."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.alibi import GRAIN, Rules, first_kept
+
+CAUSAL = Rules(True, None, 0, None, None, None)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 8, 12, 20, 32, 40, 56, 64])
+@pytest.mark.parametrize("bias_max", [8.0, 16.0, 6])
+def test_slopes_are_those_of_mpt(heads: int, bias_max: float):
+    n = 2 ** math.ceil(math.log2(heads))
+    all_slopes = [1 / 2 ** (i * bias_max / n) for i in range(1, n + 1)]
+    expected = all_slopes if n == heads else (all_slopes[1::2] + all_slopes[::2])[:heads]
+    slopes = kernels.alibi_slopes(heads, bias_max)
+    assert slopes.dtype == torch.float32
+    torch.testing.assert_close(slopes, torch.tensor(expected), rtol=2e-7, atol=0)
+
+
+def test_slopes_of_twelve_heads():
+    slopes = kernels.alibi_slopes(12)
+    assert slopes[:4].tolist() == [0.5, 0.25, 0.125, 0.0625]
+    assert [round(s, 3) for s in slopes[-4:].tolist()] == [0.707, 0.354, 0.177, 0.088]
+
+
+@pytest.mark.parametrize(
+    ("heads", "bias_max"), [(0, 8.0), (-1, 8.0), (4, 0.0), (4, -1.0), (4, math.inf), (4, math.nan)]
+)
+def test_slopes_refuse_nonsense(heads: int, bias_max: float):
+    with pytest.raises(ValueError, match=r"n_heads is|alibi_bias_max is"):
+        kernels.alibi_slopes(heads, bias_max)
+
+
+def inputs(kind: str, heads: int, s: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q (H, 1, S, D) with the scale in it, k (H, S, D), slopes (H, 1): cases made to break a bound."""
+    slopes = kernels.alibi_slopes(heads)[:, None] * 4  # steep, so that short rows have something to skip
+    q, k = torch.randn(heads, 1, s, d) * d**-0.5, torch.randn(heads, s, d)
+    far = torch.arange(s)
+    if kind == "large":  # scale * |q||k| about 25
+        q, k = q * 5 / d**0.25, k * 5 / d**0.25
+    if kind == "one huge far key":
+        k[:, s // 7] *= 60
+    if kind == "huge far key along later queries":
+        k[:, 2] = q[:, 0, -1] * 400
+    if kind == "identical keys":
+        k[:] = k[:, :1].clone()
+    if kind == "zero queries":
+        q.zero_()
+    if kind == "huge":
+        q, k = q * 30, k * 30
+    if kind == "tiny":
+        q, k = q * 1e-3, k * 1e-3
+    if kind == "denormal":
+        q, k = q * 1e-22, k * 1e18
+    if kind == "squares underflow":
+        q, k = q * 1e-25, k * 1e-25
+    if kind == "growing keys":
+        k *= torch.linspace(0.2, 6, s)[:, None]
+    if kind == "shrinking keys":
+        k *= torch.linspace(6, 0.2, s)[:, None]
+    if kind == "spiky queries":
+        q *= torch.exp(1.5 * torch.randn(heads, 1, s, 1))
+    if kind == "near keys opposed, far keys aligned":
+        k = -q[:, 0] * 4
+        k[:, : s // 3] *= -1.5
+    if kind == "at the limit":  # every row aligned with one far key, right where the bound decides
+        k = k * 0.2
+        k[..., 0], k[:, 15] = 0, 0
+        k[:, 15, 0] = 4
+        q.zero_()
+        log_sum = torch.log(1 / slopes + 0.5 + slopes / 12)
+        q[:, 0, :, 0] = (slopes * (far - 15) - 24.07 * math.log(2) - log_sum).clamp_min(0) / (4 * (1 + 2**-12))
+    return q, k, slopes
+
+
+KINDS = [
+    "random",
+    "large",
+    "one huge far key",
+    "huge far key along later queries",
+    "identical keys",
+    "zero queries",
+    "huge",
+    "tiny",
+    "denormal",
+    "squares underflow",
+    "growing keys",
+    "shrinking keys",
+    "spiky queries",
+    "near keys opposed, far keys aligned",
+    "at the limit",
+]
+
+
+def weights(q: Tensor, k: Tensor, slopes: Tensor, see: Tensor) -> Tensor:
+    """Probabilities (H, S, S) in float64."""
+    s = q.shape[2]
+    away = torch.arange(s)[:, None] - torch.arange(s)
+    scores = q[:, 0].double() @ k.double().mT - slopes.double()[..., None] * away
+    return scores.masked_fill(~see, -math.inf).softmax(-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("s", "chunk"), [(700, 128), (515, 64)])
+def test_skipped_keys_weigh_at_most_two_to_the_minus_24(kind: str, s: int, chunk: int):
+    q, k, slopes = inputs(kind, 4, s, 32)
+    start = first_kept(q, k, slopes, CAUSAL, chunk=chunk, bits=24)
+    assert start.shape == (4, 1, -(-s // chunk)) and start.dtype == torch.int32
+    assert (start % GRAIN == 0).all() and (start <= torch.arange(0, s, chunk)).all() and (start >= 0).all()
+    p = weights(q, k, slopes, torch.ones(s, s, dtype=torch.bool).tril())
+    skipped = torch.arange(s) < start[:, 0].repeat_interleave(chunk, 1)[:, :s, None]
+    assert (p * skipped).sum(-1).max() <= 2.0**-24
+
+
+@pytest.mark.parametrize("kind", ["random", "large", "zero queries", "tiny"])
+def test_it_does_skip(kind: str):
+    q, k, slopes = inputs(kind, 4, 1024, 32)
+    start = first_kept(q, k, slopes, CAUSAL, chunk=128, bits=24)
+    assert (start[0, 0, 4:] > 0).all()  # the steepest head
+    assert start.float().mean() > 100
+
+
+def test_the_bound_is_not_far_from_what_matters():
+    """Zero queries, where the bound knows everything but the near sum: at most two grains from the true cut."""
+    q, k, slopes = inputs("zero queries", 4, 1024, 16)
+    start = first_kept(q, k, slopes, CAUSAL, chunk=128, bits=24)[:, 0, -1]
+    first_row = 1024 - 128
+    p = weights(q, k, slopes, torch.ones(1024, 1024, dtype=torch.bool).tril())[:, first_row]
+    matters = (p.cumsum(-1) > 2.0**-24).int().argmax(-1)
+    assert (start <= matters).all() and (matters - start <= 2 * GRAIN).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
+@pytest.mark.parametrize("where", ["key", "query"])
+def test_not_finite_keeps_everything_it_touches(value: float, where: str):
+    q, k, slopes = inputs("random", 4, 700, 32)
+    (k[:, 3] if where == "key" else q[:, :, 650])[..., 5] = value
+    start = first_kept(q, k, slopes, CAUSAL, chunk=128, bits=24)
+    assert (start[..., -1] == 0).all()
+    clean = first_kept(*inputs("random", 4, 700, 32), CAUSAL, chunk=128, bits=24)
+    assert (clean[0, 0, -1] > 0).all()
+
+
+def test_float64_is_held_to_its_own_precision():
+    q, k, slopes = (t.double() for t in inputs("random", 4, 700, 32))
+    start = first_kept(q, k, slopes, CAUSAL, chunk=128, bits=53)
+    skipped = torch.arange(700) < start[:, 0].repeat_interleave(128, 1)[:, :700, None]
+    p = weights(q, k, slopes, torch.ones(700, 700, dtype=torch.bool).tril())
+    assert (p * skipped).sum(-1).max() <= 2.0**-53
+    assert start.max() > 0
+
+
+def test_flat_and_negative_slopes_keep_everything():
+    q, k, slopes = inputs("random", 4, 700, 32)
+    assert (first_kept(q, k, slopes * 0, CAUSAL, chunk=128, bits=24) == 0).all()
+    assert (first_kept(q, k, -slopes, CAUSAL, chunk=128, bits=24) == 0).all()
+
+
+def test_only_visible_near_keys_count():
+    """Where the near keys are masked, the far ones are all there is: nothing of them may go."""
+    q, k, slopes = inputs("random", 4, 700, 32)
+    mask = (torch.arange(700) < 200)[None]
+    start = first_kept(q, k, slopes, CAUSAL._replace(attention_mask=mask), chunk=128, bits=24)
+    assert (start[..., 3:] == 0).all()
+    ids = (torch.arange(700) >= 650).long()[None]
+    start = first_kept(q, k, slopes, CAUSAL._replace(sequence_id=ids), chunk=128, bits=24)
+    p = weights(q, k, slopes, (ids[0][:, None] == ids[0]) & torch.ones(700, 700, dtype=torch.bool).tril())
+    skipped = torch.arange(700) < start[:, 0].repeat_interleave(128, 1)[:, :700, None]
+    assert (p * skipped).sum(-1).max() <= 2.0**-24
+
+
+@pytest.mark.parametrize("offset", [1, 63, 300, 500])
+def test_an_offset_gives_the_rows_of_the_whole(offset: int):
+    q, k, slopes = inputs("random", 4, 600, 32)
+    start = first_kept(q[:, :, offset:], k, slopes, CAUSAL._replace(query_offset=offset), chunk=50, bits=24)
+    rows = torch.arange(600) < start[:, 0].repeat_interleave(50, 1)[:, : 600 - offset, None]
+    p = weights(q, k, slopes, torch.ones(600, 600, dtype=torch.bool).tril())[:, offset:]
+    assert (p * rows).sum(-1).max() <= 2.0**-24
+    assert start.max() > 0

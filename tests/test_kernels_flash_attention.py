@@ -1,0 +1,424 @@
+"""Attention: outputs and gradients against the float64 reference, masks in combination, exact skipping, dropout, the
+boundary with autograd.
+"""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close, compare
+from torch import Tensor
+
+import kernels
+from kernels import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Fresh memory holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def both(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float32, **kwargs) -> None:
+    """Outputs and gradients within the rule."""
+    compare(partial(kernels.flash_attention, **kwargs), partial(reference.flash_attention, **kwargs), [q, k, v], dtype)
+
+
+def qkv(b: int, s: int, h: int, d: int, g: int | None = None, t: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    kv = (b, t or s, g or h, d)
+    return torch.randn(b, s, h, d), torch.randn(kv), torch.randn(kv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("s", [1, 17, 127, 128, 129, 300])
+def test_lengths(s: int, dtype: torch.dtype):
+    both(*qkv(2, s, 4, 16), dtype, alibi_slopes=kernels.alibi_slopes(4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("h", "g", "d"), [(4, 2, 16), (6, 1, 8), (8, 8, 64), (3, 3, 112), (2, 1, 80), (2, 2, 256)])
+def test_heads(h: int, g: int, d: int, dtype: torch.dtype):
+    both(*qkv(1, 140, h, d, g), dtype, alibi_slopes=kernels.alibi_slopes(h))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("skip", [True, False])
+def test_long_rows_with_steep_slopes(skip: bool, dtype: torch.dtype):
+    both(*qkv(1, 600, 4, 16, 2), dtype, alibi_slopes=kernels.alibi_slopes(4) * 2, skip=skip)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.05, 1.0, 4.0])
+def test_scale_and_large_scores(scale: float, dtype: torch.dtype):
+    both(*qkv(1, 200, 2, 16), dtype, alibi_slopes=kernels.alibi_slopes(2), softmax_scale=scale)
+
+
+def test_bias_stays_accurate_far_from_the_start():
+    """Low precision must not eat the bias: at positions near 4000, flat scores, out is the geometric mean that ALiBi
+    makes of v.
+    """
+    q, k, v = torch.zeros(1, 100, 2, 16), torch.zeros(1, 4100, 2, 16), torch.randn(1, 4100, 2, 16)
+    slopes = torch.tensor([0.7, 0.01])
+    for dtype in DTYPES:
+        both(q, k, v, dtype, alibi_slopes=slopes, query_offset=4000)
+
+
+def masks(b: int, t: int) -> dict[str, Tensor]:
+    lengths = torch.randint(1, t + 1, (b, 1))
+    at = torch.arange(t)
+    return {
+        "right padding": at < lengths,
+        "left padding": at >= t - lengths,
+        "holes": torch.rand(b, t) > 0.5,
+        "nothing": torch.zeros(b, t),
+        "documents": torch.randint(0, 40, (b, t)).eq(0).cumsum(1),
+        "padded documents": torch.where(at < lengths, torch.randint(0, 30, (b, t)).eq(0).cumsum(1), -1),
+        "any ids": torch.randint(-1, 3, (b, t)),
+        "prefix": at < lengths // 2,
+        "any prefix": torch.rand(b, t) > 0.7,
+    }
+
+
+ATTENTION = [None, "right padding", "left padding", "holes", "nothing"]
+IDS = [None, "documents", "padded documents", "any ids"]
+PREFIX = [None, "prefix", "any prefix"]
+
+
+@pytest.mark.parametrize("name", [*ATTENTION[1:], *IDS[1:], *PREFIX[1:]])
+def test_each_mask(name: str):
+    m = masks(3, 280)[name].long()
+    field = "attention_mask" if name in ATTENTION else "sequence_id" if name in IDS else "prefix_mask"
+    for g in (4, 2):
+        both(*qkv(3, 280, 4, 8, g), alibi_slopes=kernels.alibi_slopes(4) * 2, **{field: m})
+
+
+@settings(max_examples=40, deadline=None, derandomize=False)
+@given(
+    b=st.integers(1, 3),
+    s=st.integers(1, 290),
+    before=st.integers(0, 200),
+    extra=st.integers(0, 40),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
+    window=st.one_of(st.none(), st.integers(1, 300)),
+    causal=st.booleans(),
+    alibi=st.booleans(),
+    names=st.tuples(st.sampled_from(ATTENTION), st.sampled_from(IDS), st.sampled_from(PREFIX)),
+    seed=st.integers(0, 2**20),
+)
+def test_masks_in_combination(b, s, before, extra, heads, window, causal, alibi, names, seed):
+    torch.manual_seed(seed)
+    t, (h, g) = before + s + extra, heads
+    made = masks(b, t)
+    given_masks = {
+        "attention_mask": made[names[0]] if names[0] else None,
+        "sequence_id": made[names[1]] if names[1] else None,
+        "prefix_mask": made[names[2]].bool() if names[2] and causal else None,
+    }
+    if given_masks["attention_mask"] is not None:
+        given_masks["attention_mask"] = given_masks["attention_mask"].bool()
+    slopes = kernels.alibi_slopes(h) * 2 if alibi else None
+    both(*qkv(b, s, h, 8, g, t), alibi_slopes=slopes, window=window, causal=causal, query_offset=before, **given_masks)
+
+
+@pytest.mark.parametrize(("s", "t", "offset"), [(1, 400, 399), (130, 400, 270), (200, 100, 0), (20, 100, 150)])
+@pytest.mark.parametrize("window", [None, 30])
+def test_query_offset(s: int, t: int, offset: int, window: int | None):
+    both(*qkv(2, s, 4, 16, 2, t), alibi_slopes=kernels.alibi_slopes(4), query_offset=offset, window=window)
+
+
+def test_an_offset_gives_the_rows_of_the_whole():
+    q, k, v = qkv(1, 300, 4, 16)
+    slopes = kernels.alibi_slopes(4)
+    whole = kernels.flash_attention(q, k, v, alibi_slopes=slopes)
+    part = kernels.flash_attention(q[:, 200:], k, v, alibi_slopes=slopes, query_offset=200)
+    torch.testing.assert_close(part, whole[:, 200:])
+
+
+def test_a_row_that_sees_nothing_gives_zero():
+    q, k, v = (t.requires_grad_() for t in qkv(2, 150, 4, 8))
+    mask = torch.ones(2, 150)
+    mask[0, :140] = 0
+    kwargs = {"alibi_slopes": kernels.alibi_slopes(4), "attention_mask": mask.bool(), "return_lse": True}
+    out, lse = kernels.flash_attention(q, k, v, **kwargs)
+    assert (out[0, :140] == 0).all() and (lse[0, :, :140] == -math.inf).all()
+    assert lse[0, :, 140:].isfinite().all() and lse[1].isfinite().all()
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[0][0, :140] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lse_and_its_gradient(dtype: torch.dtype):
+    kwargs = {"alibi_slopes": kernels.alibi_slopes(4), "return_lse": True}
+    both(*qkv(2, 200, 4, 16, 2), dtype, **kwargs)
+    q, k, v = (t.to(dtype).requires_grad_() for t in qkv(1, 40, 2, 8))
+    _, lse = kernels.flash_attention(q, k, v, return_lse=True)
+    assert lse.dtype == torch.float32 and lse.shape == (1, 2, 40)
+    dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True)
+    assert dq.abs().max() > 0 and dk.abs().max() > 0 and (dv is None or (dv == 0).all())
+
+
+def test_float64_is_exact_and_gradcheck_passes():
+    q, k, v = (t.double().requires_grad_() for t in qkv(1, 20, 2, 4, 1))
+    mask = torch.rand(1, 20) > 0.3
+
+    def function(q, k, v):
+        return kernels.flash_attention(q, k, v, alibi_slopes=kernels.alibi_slopes(2), attention_mask=mask)
+
+    assert torch.autograd.gradcheck(function, (q, k, v))
+    q, k, v = (t.double() for t in qkv(1, 500, 4, 16))
+    slopes = kernels.alibi_slopes(4) * 2
+    out, kept = kernels.flash_attention(q, k, v, alibi_slopes=slopes, return_kept=True)
+    assert kept < 1
+    torch.testing.assert_close(out, reference.flash_attention(q, k, v, alibi_slopes=slopes), rtol=1e-14, atol=1e-14)
+
+
+def test_views_of_one_projection_and_expanded_gradients():
+    """q, k, v as strided views of (B, S, 3d), a gradient with zero strides."""
+    wqkv = torch.randn(2, 140, 3 * 32, requires_grad=True)
+    slopes = kernels.alibi_slopes(4)
+
+    def attend(function, x):
+        q, k, v = (t.view(2, 140, 4, 8) for t in x.split(32, -1))
+        return function(q, k, v, alibi_slopes=slopes)
+
+    for gradient in (torch.ones(()).expand(2, 140, 4, 8), torch.randn(8).expand(2, 140, 4, 8)):
+        ours, plain, exact = (
+            torch.autograd.grad(attend(function, x), wqkv, gradient.to(x.dtype))[0]
+            for function, x in (
+                (kernels.flash_attention, wqkv),
+                (reference.flash_attention, wqkv),
+                (reference.flash_attention, wqkv.double()),
+            )
+        )
+        assert_close("dWqkv", ours, plain, exact)
+
+
+# ---- skipping --------------------------------------------------------------------------------------------------------
+
+
+def kept(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> float:
+    return float(kernels.flash_attention(q, k, v, return_kept=True, **kwargs)[1])
+
+
+def test_it_skips_and_says_so():
+    q, k, v = qkv(1, 2048, 8, 64)
+    slopes = kernels.alibi_slopes(8)
+    assert 0.3 < kept(q, k, v, alibi_slopes=slopes) < 0.75
+    assert kept(q, k, v, alibi_slopes=slopes, skip=False) == 1
+    assert kept(q, k, v) == 1
+    assert kept(q, k, v, window=128) < 0.25
+    documents = torch.arange(2048)[None] // 256
+    assert kept(q, k, v, sequence_id=documents) < 0.25
+
+
+def test_skipping_changes_out_by_at_most_two_to_the_minus_23_of_v():
+    q, k, v = (t.double() for t in qkv(1, 1500, 4, 16))
+    v[:, 0] *= 1e8  # were the first key read where it weighs nothing, it would show
+    slopes = kernels.alibi_slopes(4)
+    low = [t.float() for t in (q, k, v)]
+    with_skip, without = (kernels.flash_attention(*low, alibi_slopes=slopes, skip=s) for s in (True, False))
+    exact = reference.flash_attention(*(t.double() for t in low), alibi_slopes=slopes)
+    plain = (without.double() - exact).abs().max()
+    assert (with_skip.double() - exact).abs().max() <= plain + 2.0**-23 * v.abs().max()
+
+
+def test_the_backward_takes_the_forwards_pairs():
+    """Keys that were skipped for every query get exactly zero gradient; those kept do not."""
+    q, k, v = (t.requires_grad_() for t in qkv(1, 1024, 4, 16))
+    out, _, starts, _ = torch.ops.mpt.flash_attention(
+        q[:, 512:], k, v, kernels.alibi_slopes(4) * 2, None, None, None, None, True, 0.25, None, 512, 0.0, True
+    )
+    dk, dv = torch.autograd.grad(out.sum(), (k, v))
+    first = starts.view(4, -1).amin(-1)
+    assert (first > 64).any()
+    for head in range(4):
+        assert (dk[:, : first[head], head] == 0).all() and (dv[:, : first[head], head] == 0).all()
+        assert (dv[:, first[head] + 128 :, head] != 0).any()
+
+
+def test_not_finite_keys_are_not_hidden_by_skipping():
+    q, k, v = qkv(1, 600, 4, 16)
+    k[:, 3, :, 0] = math.nan
+    out = kernels.flash_attention(q, k, v, alibi_slopes=kernels.alibi_slopes(4) * 2)
+    assert out.isnan()[reference.flash_attention(q, k, v).isnan()].all()
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("g", [4, 2])
+def test_dropout(g: int):
+    """The dropped probabilities, read off with v = I, decide output and gradients as if they were a given mask."""
+    t, p = 160, 0.3
+    q, k, _ = qkv(2, t, 4, t, g)
+    kwargs = {"alibi_slopes": kernels.alibi_slopes(4), "dropout_p": p, "seed": 11}
+    eye = torch.eye(t)[None, :, None].expand(2, t, g, t)
+    dropped = kernels.flash_attention(q, k, eye, **kwargs).transpose(1, 2)  # (B, H, S, T)
+    plain = kernels.flash_attention(q, k, eye, alibi_slopes=kernels.alibi_slopes(4)).transpose(1, 2)
+    factor = torch.where(plain > 0, dropped / plain, 0.0)
+    kept = factor.round(decimals=3).unique().tolist()
+    assert kept == pytest.approx([0, round(1 / (1 - p), 3)])
+    assert (factor[plain > 0] == 0).float().mean() == pytest.approx(p, abs=0.02)
+    factor = (factor > 0) / (1 - p)
+
+    def given(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i = torch.arange(t)
+        scores = torch.einsum("bshd,bthd->bhst", q, k.repeat_interleave(4 // g, 2)) * t**-0.5
+        scores = scores - kernels.alibi_slopes(4)[:, None, None].to(q.dtype) * (i[:, None] - i)
+        w = scores.masked_fill(i > i[:, None], -math.inf).softmax(-1) * factor.to(q.dtype)
+        return torch.einsum("bhst,bthd->bshd", w, v.repeat_interleave(4 // g, 2))
+
+    compare(partial(kernels.flash_attention, **kwargs), given, [q, k, torch.randn(2, t, g, t)], torch.float32)
+
+
+def test_dropout_seeds():
+    q, k, v = qkv(1, 40, 2, 8)
+    same = [kernels.flash_attention(q, k, v, dropout_p=0.5, seed=s) for s in (1, 1, torch.tensor(1), 2)]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2]) and not torch.equal(same[0], same[3])
+    torch.manual_seed(5)
+    a, b = (kernels.flash_attention(q, k, v, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(a, kernels.flash_attention(q, k, v, dropout_p=0.5)) and not torch.equal(a, b)
+
+
+# ---- the boundary ----------------------------------------------------------------------------------------------------
+
+CASES = [
+    {"alibi_slopes": True},
+    {"attention_mask": True, "sequence_id": True, "prefix_mask": True, "window": 20},
+    {"dropout_p": 0.1, "seed": 3},
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(case: dict, dtype: torch.dtype):
+    q, k, v = (t.to(dtype).requires_grad_() for t in qkv(2, 140, 4, 8, 2))
+    m = masks(2, 140)
+    tensors = {
+        "alibi_slopes": kernels.alibi_slopes(4),
+        "attention_mask": m["holes"],
+        "sequence_id": m["documents"],
+        "prefix_mask": m["prefix"],
+    }
+    given = [tensors[n] if case.get(n) else None for n in tensors]
+    seed = torch.tensor(3) if "seed" in case else None
+    settings = (True, 0.3, case.get("window"), 0, case.get("dropout_p", 0.0))
+    torch.library.opcheck(torch.ops.mpt.flash_attention, (q, k, v, *given, seed, *settings, True))
+    with torch.no_grad():
+        starts = torch.ops.mpt.flash_attention(q, k, v, *given, seed, *settings, True)[2]
+        for dlse in (None, torch.randn(2, 4, 140)):
+            args = (torch.randn_like(q), dlse, q.detach(), k.detach(), v.detach(), starts, *given, seed, *settings)
+            torch.library.opcheck(torch.ops.mpt.flash_attention_backward, args)
+
+
+def test_second_derivative_is_refused_by_name():
+    q, k, v = (t.requires_grad_() for t in qkv(1, 10, 2, 8))
+    (dq,) = torch.autograd.grad(kernels.flash_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"mpt::flash_attention has no second derivative"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile(backend: str):
+    torch._dynamo.reset()
+    q, k, v = (t.requires_grad_() for t in qkv(1, 200, 4, 16))
+    slopes = kernels.alibi_slopes(4)
+
+    def step(q, k, v):
+        return kernels.flash_attention(q * 2, k, v, alibi_slopes=slopes).sum() * 3
+
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    for a, b in zip(*(torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (compiled, step))):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_under_autocast_with_dropout():
+    """The seed is drawn while the compiled graph runs: each call drops others, and its backward the same ones."""
+    torch._dynamo.reset()
+    q, k, _ = qkv(1, 64, 2, 64)
+    v = torch.eye(64)[None, :, None].expand(1, 64, 2, 64).clone().requires_grad_()
+
+    @partial(torch.compile, backend="aot_eager", fullgraph=True)
+    def attend(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return kernels.flash_attention(q, k, v, dropout_p=0.5)
+
+    first, second = attend(q, k, v), attend(q, k, v)
+    assert first.dtype == torch.bfloat16 and not torch.equal(first, second)
+    (dv,) = torch.autograd.grad(first.sum(), v)
+    torch.testing.assert_close(dv[..., 0].float(), first.float().sum(1).mT, rtol=0.02, atol=0.02)
+
+
+def test_activation_checkpointing_repeats_the_dropout():
+    q, k, v = (t.requires_grad_() for t in qkv(1, 200, 4, 16))
+
+    def step(q, k, v):
+        return kernels.flash_attention(q, k, v, alibi_slopes=kernels.alibi_slopes(4), dropout_p=0.2).square().sum()
+
+    grads = []
+    for checkpoint in (True, False):
+        torch.manual_seed(9)
+        out = torch.utils.checkpoint.checkpoint(step, q, k, v, use_reentrant=False) if checkpoint else step(q, k, v)
+        grads.append(torch.autograd.grad(out, (q, k, v)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_autocast():
+    q, k, v = (t.requires_grad_() for t in qkv(1, 150, 4, 16))
+    slopes = kernels.alibi_slopes(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = kernels.flash_attention(q, k, v, alibi_slopes=slopes, return_lse=True)
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+    low = [t.bfloat16() for t in (q, k, v)]
+    expected, expected_lse = kernels.flash_attention(*low, alibi_slopes=slopes, return_lse=True)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32 and all(g.dtype == torch.float32 for g in grads)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.flash_attention(*(t.double() for t in (q, k, v))).dtype == torch.float64
+        again = kernels.flash_attention(q, k, v, alibi_slopes=slopes, backend="reference")
+    assert again.dtype == torch.bfloat16
+    assert_close("reference", out, again, reference.flash_attention(*(t.double() for t in low), alibi_slopes=slopes))
+
+
+def test_bad_arguments():
+    q, k, v = qkv(2, 10, 4, 8, 2)
+    attend = kernels.flash_attention
+    with pytest.raises(ValueError, match=r"H must be a multiple of G"):
+        attend(q[:, :, :3], k, v)
+    with pytest.raises(ValueError, match=r"q \(2, 10, 4, 8\), k \(2, 9, 2, 8\)"):
+        attend(q, k[:, :9], v)
+    with pytest.raises(ValueError, match=r"T is 0"):
+        attend(q, k[:, :0], v[:, :0])
+    with pytest.raises(ValueError, match=r"alibi_slopes is \(3,\)"):
+        attend(q, k, v, alibi_slopes=torch.ones(3))
+    with pytest.raises(ValueError, match=r"window is 0"):
+        attend(q, k, v, window=0)
+    with pytest.raises(ValueError, match=r"query_offset is -1"):
+        attend(q, k, v, query_offset=-1)
+    for p in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=r"dropout_p is"):
+            attend(q, k, v, dropout_p=p)
+    for name in ("attention_mask", "sequence_id", "prefix_mask"):
+        with pytest.raises(ValueError, match=rf"{name} is \(2, 9\)"):
+            attend(q, k, v, **{name: torch.ones(2, 9, dtype=torch.long)})
+        with pytest.raises(TypeError, match=rf"{name} is torch.float32"):
+            attend(q, k, v, **{name: torch.ones(2, 10)})
+    with pytest.raises(ValueError, match=r"causal=False"):
+        attend(q, k, v, causal=False, prefix_mask=torch.ones(2, 10).bool())
+    with pytest.raises(ValueError, match=r"sequence_id covers 10 keys"):
+        attend(q, k, v, query_offset=1, sequence_id=torch.ones(2, 10).long())
+    with pytest.raises(TypeError, match=r"mixed dtypes \(q torch.float32, k torch.bfloat16"):
+        attend(q, k.bfloat16(), v)
+    with pytest.raises(TypeError, match=r"q is torch.int64"):
+        attend(q.long(), k.long(), v.long())
+    with pytest.raises(TypeError, match=r"q is list"):
+        attend([1], k, v)

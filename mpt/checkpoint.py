@@ -1,0 +1,355 @@
+"""Weights on disk: Hugging Face folders, written as a stream of tensors and read onto models that may be sharded."""
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mpt.config import MptConfig, parameter_shapes
+from mpt.initialize import local_rows, plain_name
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TABLE_LINES = 20
+# What decides a model's output without showing in its weights' shapes.
+BEHAVIOUR = ("layer_norm_epsilon", "logit_scale", "norm_type")
+ATTN_BEHAVIOUR = ("alibi", "alibi_bias_max", "attn_uses_sequence_id", "clip_qkv", "prefix_lm", "softmax_scale")
+
+
+def save_hf(
+    named_tensors: Iterable[tuple[str, Tensor | Callable[[], Tensor]]],
+    config: MptConfig,
+    folder: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | None = None,
+    write: bool = True,
+    tokenizer_files: Iterable[str | Path] = (),
+) -> None:
+    """Write an MptForCausalLM as a folder that `load_hf` and transformers read.
+
+    named_tensors: every parameter once, as (name, tensor) or (name, function that gives it); one shard's worth is held
+        in memory at a time. Sharded parameters are gathered one by one: then every rank must make this call. A tied
+        lm_head.weight is left out.
+    max_shard_size: bytes, or such as "5GB" (10^9 bytes) or "500MiB".
+    dtype: of the saved weights; None leaves them as they are.
+    write: whether this rank writes; True on one of them.
+    tokenizer_files: copied along.
+
+    Everything goes into `folder`.tmp, which is renamed at the end; an older export in `folder` is replaced, anything
+    else refused. ValueError where names or shapes are not the configuration's. Warns where transformers would load the
+    folder and compute something else.
+    """
+    folder, limit = Path(folder), _bytes(max_shard_size)
+    temporary = folder.with_name(folder.name + ".tmp")
+    if write:
+        _check_replaceable(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    expected = parameter_shapes(config)
+    shard: dict[str, Tensor] = {}
+    files: list[list[str]] = []
+    held = total = 0
+    saved_dtype = dtype
+    for raw_name, value in named_tensors:
+        name = plain_name(raw_name)
+        tensor = value() if not isinstance(value, Tensor) else value
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if tuple(tensor.shape) != expected.pop(name, None):
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} is given twice, or is not a parameter of this configuration"
+            )
+        if not write:
+            continue
+        tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        size = tensor.nbytes
+        if shard and held + size > limit:
+            files.append(_write_shard(shard, temporary, len(files)))
+            shard, held = {}, 0
+        shard[name], held, total = tensor, held + size, total + size
+        saved_dtype = tensor.dtype
+    if expected:
+        raise ValueError(f"{len(expected)} parameters were not given, the first of them {next(iter(expected))}")
+    if not write:
+        return
+    files.append(_write_shard(shard, temporary, len(files)))
+    _finish_shards(temporary, files, total)
+    _write_config(temporary, config, saved_dtype)
+    for written in temporary.glob("*.safetensors"):  # which the library makes readable by their owner only
+        shutil.copymode(temporary / "config.json", written)
+    for path in tokenizer_files:
+        shutil.copy(path, temporary / Path(path).name)
+    _replace(temporary, folder)
+
+
+def _bytes(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", str(size).upper())
+    count = size if isinstance(size, int) else int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if count <= 0:
+        raise ValueError(f"max_shard_size is {size!r}; give a number of bytes, or such as '5GB' or '500MiB'")
+    return count
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
+        raise ValueError(f"{folder} exists and is not a model's folder; give another place")
+
+
+def _write_shard(shard: dict[str, Tensor], folder: Path, index: int) -> list[str]:
+    save_file(shard, folder / f"{index}.safetensors", metadata={"format": "pt"})
+    return list(shard)
+
+
+def _finish_shards(folder: Path, files: list[list[str]], total: int) -> None:
+    """Give the shards their names, which hold their number, and write the index where there are several."""
+    if len(files) == 1:
+        (folder / "0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(files):
+        final = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"{i}.safetensors").rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(folder: Path, config: MptConfig, dtype: torch.dtype | None) -> None:
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if ignored := unsupported_by_transformers(config):
+        warnings.warn(
+            f"transformers (5.23) does not honour {', '.join(ignored)}: this export fails there or gives other logits",
+            stacklevel=3,
+        )
+
+
+def unsupported_by_transformers(config: MptConfig) -> list[str]:
+    """`field=value` for each field of this configuration that transformers' MPT ignores or refuses."""
+    attn = config.attn_config
+    honoured = {
+        "attn_config.attn_type": (attn.attn_type, "multihead_attention"),
+        "attn_config.alibi": (attn.alibi, True),
+        "attn_config.alibi_bias_max": (attn.alibi_bias_max, 8.0),
+        "attn_config.qk_ln": (attn.qk_ln, False),
+        "attn_config.prefix_lm": (attn.prefix_lm, False),
+        "attn_config.attn_uses_sequence_id": (attn.attn_uses_sequence_id, False),
+        "expansion_ratio": (config.expansion_ratio, 4.0),
+        "logit_scale": (config.logit_scale, None),
+        "no_bias": (config.no_bias, True),
+        "norm_type": (config.norm_type.removeprefix("low_precision_"), "layernorm"),
+    }
+    return [f"{name}={value}" for name, (value, only) in honoured.items() if value != only]
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its shape, its dtype (None where it is no float), and how to read rows a..b of it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    rows: Callable[[int, int], Tensor]
+
+
+@torch.no_grad()
+def load_hf(model: nn.Module, folder: str | Path) -> None:
+    """Copy a Hugging Face folder's weights onto `model`, whose parameters may be DTensors sharded along rows; each rank
+    reads its own rows.
+
+    Reads model.safetensors or pytorch_model.bin, whole or in shards with an index; values are cast to the parameters'
+    dtypes. ValueError holds a table of the missing, unexpected and misshapen weights, and nothing is copied then; or it
+    names the file that is absent, damaged, outside the folder, or holds a name twice. Warns where the folder's
+    config.json describes another behaviour than `model.config`.
+    """
+    folder = Path(folder)
+    stored = stored_tensors(folder)
+    has_head = hasattr(model, "transformer")
+    if has_head and not any(name.startswith("transformer.") for name in stored):
+        stored = {name if name.startswith("lm_head.") else f"transformer.{name}": s for name, s in stored.items()}
+    if not has_head:
+        stored = {name.removeprefix("transformer."): s for name, s in stored.items() if not name.startswith("lm_head.")}
+    parameters = {plain_name(name): p for name, p in model.named_parameters()}
+    if has_head and "lm_head.weight" not in parameters:
+        _drop_tied_head(stored, folder)
+    _compare(parameters, stored, folder)
+    _compare_config(model.config, folder)  # type: ignore[arg-type]
+    for name, parameter in parameters.items():
+        local, first = local_rows(name, parameter.detach())
+        if local.shape[0]:
+            local.copy_(stored[name].rows(first, first + local.shape[0]))
+
+
+def dtype_of(folder: str | Path) -> torch.dtype:
+    """The floating dtype a folder's weights are stored in (of the first one)."""
+    return next((s.dtype for s in stored_tensors(Path(folder)).values() if s.dtype is not None), torch.float32)
+
+
+def _drop_tied_head(stored: dict[str, Stored], folder: Path) -> None:
+    head, wte = stored.pop("lm_head.weight", None), stored.get("transformer.wte.weight")
+    if head is None or wte is None:
+        return
+    step = 4096
+    same = head.shape == wte.shape and all(
+        torch.equal(head.rows(i, i + step), wte.rows(i, i + step)) for i in range(0, wte.shape[0], step)
+    )
+    if not same:
+        raise ValueError(
+            f"{folder}: lm_head.weight differs from wte.weight; set tie_word_embeddings to False to keep both"
+        )
+
+
+def _compare(parameters: dict[str, nn.Parameter], stored: dict[str, Stored], folder: Path) -> None:
+    lines = [f"missing     {name} {tuple(p.shape)}" for name, p in parameters.items() if name not in stored]
+    lines += [f"unexpected  {name} {s.shape}" for name, s in stored.items() if name not in parameters]
+    for name, p in parameters.items():
+        if name in stored and (s := stored[name]).shape != tuple(p.shape):
+            lines.append(f"shape       {name} expected {tuple(p.shape)}, found {s.shape}")
+        elif name in stored and s.dtype is None:
+            lines.append(f"dtype       {name} is stored as no kind of float")
+    if lines:
+        more = [f"... and {len(lines) - TABLE_LINES} more"] if len(lines) > TABLE_LINES else []
+        table = "\n  ".join(lines[:TABLE_LINES] + more)
+        raise ValueError(f"{folder} does not fit the model, {len(lines)} weights differ:\n  {table}")
+
+
+def _compare_config(config: MptConfig, folder: Path) -> None:
+    try:
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    attn = theirs.get("attn_config") or {}
+    pairs = [(key, theirs[key], getattr(config, key)) for key in BEHAVIOUR if key in theirs]
+    pairs += [
+        (f"attn_config.{key}", attn[key], getattr(config.attn_config, key)) for key in ATTN_BEHAVIOUR if key in attn
+    ]
+    if differing := [f"{key} {old} there, {new} here" for key, old, new in pairs if (old or None) != (new or None)]:
+        warnings.warn(f"{folder}/config.json describes another model: {'; '.join(differing)}", stacklevel=3)
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder, by name."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not a folder; download the model first, and give the folder that holds its config.json"
+        )
+    for single, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
+        if (folder / single).exists():
+            return read(folder / single)
+        index = folder / f"{single}.index.json"
+        if index.exists():
+            return _read_shards(index, read)
+    raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin, whole or with an index")
+
+
+def _read_shards(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+    weight_map = _json(index, index.read_bytes()).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from names to files")
+    out: dict[str, Stored] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        # A name that leads out of the folder is an attack. (The file itself may be a link: that is how hub downloads
+        # are laid out.)
+        if Path(file).name != file or file in ("", "..") or "\\" in file or "\0" in file:
+            raise ValueError(f"{index} names the file {file!r}; shards must be plain file names in its own folder")
+        if not (index.parent / file).is_file():
+            raise ValueError(f"{index} names the file {file}, which does not exist")
+        for name, stored in read(index.parent / file).items():
+            if name in out or weight_map.get(name) != file:
+                where = weight_map.get(name, "no file")
+                raise ValueError(
+                    f"{index.parent / file} holds {name}, which the index puts into {where}; a name must be in one file"
+                )
+            out[name] = stored
+    if absent := weight_map.keys() - out.keys():
+        name = min(absent)
+        raise ValueError(f"{index} puts {name} into {weight_map[name]}, which does not hold it")
+    return out
+
+
+def _read_safetensors(path: Path) -> dict[str, Stored]:
+    """The header, read here rather than by the library, which takes the last of two tensors with one name."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{path} is truncated or no safetensors file ({size} bytes)")
+        header = _json(path, file.read(length))
+    header.pop("__metadata__", None)
+    try:
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        out = {
+            name: Stored(tuple(entry["shape"]), DTYPES.get(entry["dtype"]), partial(_safetensors_rows, path, name))
+            for name, entry in header.items()
+        }
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(f"{path} is no safetensors file (its header does not describe tensors)") from None
+    if size != 8 + length + end:
+        raise ValueError(f"{path} is truncated or damaged: {size} bytes, and its header says {8 + length + end}")
+    return out
+
+
+def _safetensors_rows(path: Path, name: str, start: int, stop: int) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_slice(name)[start:stop]
+
+
+def _read_bin(path: Path) -> dict[str, Stored]:
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # the unpickler raises many kinds; each means that the file cannot be trusted
+        raise ValueError(
+            f"{path} cannot be read as a plain dictionary of tensors ({type(error).__name__}: {error})"
+        ) from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} is not a plain dictionary of tensors")
+    return {
+        name: Stored(tuple(t.shape), t.dtype if t.is_floating_point() else None, partial(_tensor_rows, t))
+        for name, t in tensors.items()
+    }
+
+
+def _tensor_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    return tensor[start:stop]
+
+
+def _json(path: Path, text: bytes) -> dict[str, Any]:
+    """A JSON object in which no name occurs twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{path} names {next(n for n in names if names.count(n) > 1)!r} twice")
+        return out
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its JSON does not parse ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return values

@@ -1,0 +1,550 @@
+"""MptConfig: the shape and behaviour of an MPT, from Hugging Face or llm-foundry keys, every field checked."""
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+ATTN_TYPES = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
+NORM_TYPES = ("low_precision_layernorm", "layernorm", "low_precision_rmsnorm", "rmsnorm")
+INIT_NAMES = (
+    "default_",
+    "baseline_",
+    "kaiming_normal_",
+    "kaiming_uniform_",
+    "neox_init_",
+    "small_init_",
+    "xavier_normal_",
+    "xavier_uniform_",
+)
+NONLINEARITIES = ("relu", "leaky_relu", "tanh", "sigmoid", "linear", "selu")
+
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+    "norm_eps": "layer_norm_epsilon",
+}
+
+# Bookkeeping that transformers and llm-foundry write into any configuration; none of it changes what a causal LM
+# computes.
+BOOKKEEPING = frozenset(
+    """
+    architectures auto_map chunk_size_feed_forward dtype finetuning_task hidden_dropout classifier_dropout id2label
+    is_decoder is_encoder_decoder label2id _name_or_path name_or_path num_labels problem_type tokenizer_class
+    tokenizer_name torch_dtype torchscript transformers_version use_bfloat16 verbose loss_fn _attn_implementation
+    attn_implementation _attn_implementation_autoset _attn_implementation_internal sep_token_id
+    decoder_start_token_id task_specific_params prefix tf_legacy_loss max_length min_length do_sample early_stopping
+    num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens use_pad_tok_in_ffn
+    """.split()  # noqa: SIM905
+)
+# The same in attn_config, where transformers repeats its generic keys; the rope_ ones only say how rope would be done.
+ATTN_BOOKKEEPING = BOOKKEEPING | frozenset(
+    """
+    model_type output_attentions output_hidden_states return_dict use_cache tie_word_embeddings bos_token_id
+    eos_token_id pad_token_id pruned_heads add_cross_attention cross_attention_hidden_size tie_encoder_decoder
+    rope_theta rope_impl rope_dail_config rope_hf_config
+    """.split()  # noqa: SIM905
+)
+
+# Keys of newer configurations, accepted at the values that mean "an MPT" and refused at any other.
+INERT: dict[str, tuple[Any, ...]] = {
+    "fc_type": ("torch", {"name": "torch"}),
+    "head_dim": (None,),
+    "block_overrides": (None,),
+    "final_logit_softcapping": (None,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+}
+ATTN_INERT: dict[str, tuple[Any, ...]] = {
+    "rope": (False,),
+    "nope": (False,),
+    "qk_gn": (False,),
+    "fused_qkv": (True,),
+    "sliding_window_size": (-1,),
+    "attn_logit_softcapping": (None,),
+    "kv_dim": (None,),
+}
+FFN_INERT: dict[str, tuple[Any, ...]] = {
+    "ffn_type": ("mptmlp",),
+    "fc_type": INERT["fc_type"],
+    "ffn_hidden_size": (None,),
+    "ffn_act_fn": (None, {"name": "gelu"}, {"name": "gelu", "approximate": "none"}),
+}
+
+
+@dataclass(init=False)
+class MptAttentionConfig:
+    """The attention's part of an MptConfig; takes its fields as keywords. ValueError names the field and its value.
+
+    attn_type: multihead_attention, multiquery_attention, or grouped_query_attention with kv_n_heads key/value heads.
+    attn_pdrop: dropout of the attention probabilities, 0 <= p < 1.
+    attn_impl: torch, flash or triton, all giving the same numbers.
+    clip_qkv: clamps the output of Wqkv to [-clip_qkv, clip_qkv]; None or 0 is off.
+    softmax_scale: None means 1/sqrt(head dimension).
+    prefix_lm: forward takes a prefix_mask, keys that every query sees.
+    qk_ln: queries and keys pass a norm of norm_type before they are split into heads.
+    attn_uses_sequence_id: forward takes a sequence_id; tokens see their own sequence only.
+    alibi, alibi_bias_max: a bias per head instead of positional embeddings (Press et al. 2022).
+    """
+
+    attn_type: str = "multihead_attention"
+    attn_pdrop: float = 0.0
+    attn_impl: str = "torch"
+    clip_qkv: float | None = None
+    softmax_scale: float | None = None
+    prefix_lm: bool = False
+    qk_ln: bool = False
+    attn_uses_sequence_id: bool = False
+    alibi: bool = True
+    alibi_bias_max: float = 8.0
+    kv_n_heads: int | None = None
+
+    def __init__(self, **values: Any) -> None:
+        _fill(self, values, ATTN_BOOKKEEPING, ATTN_INERT, "attn_config.")
+        self.check()
+
+    def check(self) -> None:
+        """Every rule that needs no other part of the configuration. ValueError on the first broken one."""
+        where = "attn_config."
+        _check_types(self, where)
+        _one_of(where + "attn_type", self.attn_type, ATTN_TYPES)
+        _one_of(where + "attn_impl", self.attn_impl, ("torch", "flash", "triton"))
+        _between(where + "attn_pdrop", self.attn_pdrop, 0, 1)
+        if self.clip_qkv is not None and self.clip_qkv < 0:
+            raise ValueError(f"{where}clip_qkv is {self.clip_qkv}; it must be positive (None or 0: no clipping)")
+        if self.softmax_scale is not None and self.softmax_scale <= 0:
+            raise ValueError(
+                f"{where}softmax_scale is {self.softmax_scale}; it must be positive (None: 1/sqrt(head dim))"
+            )
+        if self.alibi_bias_max <= 0:
+            raise ValueError(f"{where}alibi_bias_max is {self.alibi_bias_max}; it must be positive")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, in the types that transformers parses (a whole number as an int where it wants one)."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("attn_pdrop", "alibi_bias_max"):
+            out[name] = _whole(out[name])
+        if self.kv_n_heads is None:
+            del out["kv_n_heads"]
+        return out
+
+
+@dataclass(init=False)
+class MptInitConfig:
+    """llm-foundry's `init_config`: how weights start; see mpt/initialize.py for what each scheme draws. ValueError as
+    above.
+    """
+
+    name: str = "kaiming_normal_"
+    fan_mode: str = "fan_in"
+    init_nonlinearity: str = "relu"
+    init_gain: float = 0.0
+    init_std: float | None = None
+    init_div_is_residual: bool | float | str = True
+    emb_init_std: float | None = None
+    emb_init_uniform_lim: float | list[float] | None = None
+
+    def __init__(self, **values: Any) -> None:
+        _fill(self, values, frozenset({"verbose"}), {}, "init_config.")
+        self.check()
+
+    def check(self) -> None:
+        """ValueError on the first broken rule."""
+        where = "init_config."
+        if isinstance(self.emb_init_uniform_lim, tuple):
+            self.emb_init_uniform_lim = list(self.emb_init_uniform_lim)
+        _check_types(self, where)
+        _one_of(where + "name", self.name, INIT_NAMES)
+        _one_of(where + "fan_mode", self.fan_mode, ("fan_in", "fan_out"))
+        _one_of(where + "init_nonlinearity", self.init_nonlinearity, NONLINEARITIES)
+        if self.name.startswith("xavier") and self.init_gain == 0:
+            raise ValueError(
+                f"{where}init_gain is 0, which makes every {self.name} weight zero; give a gain, such as 1.0"
+            )
+        if self.name == "baseline_" and self.init_std is None:
+            raise ValueError(
+                f"{where}init_std is None; baseline_ draws from normal(0, init_std): give it, such as 0.02"
+            )
+        for key in ("init_std", "emb_init_std"):
+            if (value := getattr(self, key)) is not None and value < 0:
+                raise ValueError(f"{where}{key} is {value}; a standard deviation is not negative")
+        limits = self.emb_init_uniform_lim
+        if isinstance(limits, list) and (len(limits) != 2 or limits[0] > limits[1]):
+            raise ValueError(f"{where}emb_init_uniform_lim is {limits}; give one limit or [low, high]")
+        self.residual_divisor(n_layers=1)
+
+    def residual_divisor(self, n_layers: int) -> float:
+        """What out_proj's and down_proj's weights are divided by, in a model of n_layers blocks."""
+        if self.name == "neox_init_":
+            return n_layers / math.sqrt(10.0)
+        value = self.init_div_is_residual
+        if isinstance(value, bool):
+            return math.sqrt(2.0 * n_layers) if value else 1.0
+        try:
+            divisor = float(value)
+        except ValueError:
+            divisor = math.nan
+        if not (math.isfinite(divisor) and divisor > 0):
+            raise ValueError(
+                f"init_config.init_div_is_residual is {value!r}; it must be true, false or a positive number"
+            )
+        return divisor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(init=False)
+class MptConfig:
+    """Everything that decides what an MPT computes; takes its fields as keywords, Hugging Face's names and defaults.
+
+    Mutable; `check()` runs at construction and again when a model is built from it. ValueError names the field, its
+    value and what it may be. `hidden_size`, `num_attention_heads`, `num_hidden_layers` and `norm_eps` are accepted,
+    readable and settable aliases. Keys that libraries write into every configuration are skipped; any other unknown key
+    is an error. With llm-foundry's `name: mpt_causal_lm`, keys left out take llm-foundry's defaults: no ALiBi, biases,
+    and `init_config` (kaiming_normal_).
+
+    expansion_ratio: width of the MLP over d_model.
+    learned_pos_emb: embeddings of positions up to max_seq_len; without ALiBi only, which has no such limit.
+    embedding_fraction: f in (0, 1] scales the gradient of the embeddings.
+    logit_scale: None, a number, or 'inv_sqrt_d_model'.
+    no_bias: no bias anywhere, norms included; lm_head and RMSNorm never have one.
+    norm_type: layernorm, rmsnorm, or one of them after low_precision_, in any case.
+    init_device: cpu, cuda, meta, or mixed (node-local rank 0 on cpu, the others meta).
+    init_config: how weights start; without it normal(0, initializer_range).
+    """
+
+    d_model: int = 2048
+    n_heads: int = 16
+    n_layers: int = 24
+    expansion_ratio: float = 4
+    max_seq_len: int = 2048
+    vocab_size: int = 50368
+    resid_pdrop: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    emb_pdrop: float = 0.0
+    learned_pos_emb: bool = True
+    attn_config: MptAttentionConfig = None  # type: ignore[assignment]  # __init__ fills it
+    init_device: str = "cpu"
+    logit_scale: float | str | None = None
+    no_bias: bool = True
+    embedding_fraction: float = 1.0
+    norm_type: str = "low_precision_layernorm"
+    use_cache: bool = False
+    initializer_range: float = 0.02
+    init_config: MptInitConfig | None = None
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    return_dict: bool = True
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+
+    def __init__(self, **values: Any) -> None:
+        values = _foundry_defaults(values)
+        for alias, name in ALIASES.items():
+            if alias in values:
+                value = values.pop(alias)
+                if name in values and values[name] != value:
+                    raise ValueError(
+                        f"{alias} is {value} and {name} is {values[name]}; they are one field: give one of them"
+                    )
+                values[name] = value
+        model_type = values.pop("model_type", "mpt")
+        if model_type != "mpt":
+            raise ValueError(f"model_type is {model_type!r}; only 'mpt' configurations can be read")
+        attention_bias = values.pop("attention_bias", None)
+        _check_inert(values.pop("ffn_config", None) or {}, FFN_INERT, "ffn_config.", partial=False)
+        attn, init = values.pop("attn_config", None), values.pop("init_config", None)
+        _fill(self, values, BOOKKEEPING, INERT, "")
+        self.attn_config = (
+            attn if isinstance(attn, MptAttentionConfig) else MptAttentionConfig(**_mapping("attn_config", attn))
+        )
+        self.init_config = (
+            init if init is None or isinstance(init, MptInitConfig) else MptInitConfig(**_mapping("init_config", init))
+        )
+        if attention_bias is not None and attention_bias == self.no_bias:
+            raise ValueError(f"attention_bias is {attention_bias} and no_bias is {self.no_bias}; set no_bias only")
+        self.check()
+
+    def check(self) -> None:
+        """Every rule, across fields too. ValueError on the first broken one."""
+        _check_types(self, "")
+        self.attn_config.check()
+        if self.init_config is not None:
+            self.init_config.check()
+        for name in (
+            "d_model",
+            "n_heads",
+            "n_layers",
+            "max_seq_len",
+            "vocab_size",
+            "expansion_ratio",
+            "layer_norm_epsilon",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("resid_pdrop", "emb_pdrop"):
+            _between(name, getattr(self, name), 0, 1)
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them")
+        if not float(self.d_model * self.expansion_ratio).is_integer():
+            width = self.d_model * self.expansion_ratio
+            raise ValueError(
+                f"expansion_ratio {self.expansion_ratio} times d_model {self.d_model} is {width}; it must be whole"
+            )
+        if not 0 < self.embedding_fraction <= 1:
+            raise ValueError(f"embedding_fraction is {self.embedding_fraction}; it must be in (0, 1]")
+        if isinstance(self.logit_scale, str) and self.logit_scale != "inv_sqrt_d_model":
+            raise ValueError(f"logit_scale is {self.logit_scale!r}; it must be None, a number or 'inv_sqrt_d_model'")
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range is {self.initializer_range}; a standard deviation is not negative")
+        self.norm_type = self.norm_type.lower()
+        _one_of("norm_type", self.norm_type, NORM_TYPES)
+        _one_of("init_device", self.init_device, ("cpu", "cuda", "meta", "mixed"))
+        if self.use_cache:
+            raise ValueError("use_cache is True; this version has no key/value cache: set it to False")
+        self._check_kv_heads()
+        self._check_token_ids()
+
+    def _check_kv_heads(self) -> None:
+        kind, given = self.attn_config.attn_type, self.attn_config.kv_n_heads
+        if kind == "grouped_query_attention":
+            if given is None:
+                raise ValueError("attn_config.kv_n_heads is None; grouped_query_attention needs it")
+            if given <= 0 or self.n_heads % given:
+                raise ValueError(f"attn_config.kv_n_heads is {given}; n_heads {self.n_heads} must be divisible by it")
+        elif given not in (None, self.kv_heads):
+            raise ValueError(
+                f"attn_config.kv_n_heads is {given}, but {kind} has {self.kv_heads}; use grouped_query_attention"
+            )
+
+    def _check_token_ids(self) -> None:
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None and not 0 <= one < self.vocab_size:
+                    raise ValueError(
+                        f"{name} is {value}; ids must be in 0..{self.vocab_size - 1} (vocab_size {self.vocab_size})"
+                    )
+
+    @property
+    def kv_heads(self) -> int:
+        """G, the number of key/value heads."""
+        kind = self.attn_config.attn_type
+        if kind == "grouped_query_attention":
+            assert self.attn_config.kv_n_heads is not None
+            return self.attn_config.kv_n_heads
+        return 1 if kind == "multiquery_attention" else self.n_heads
+
+    @property
+    def d_head(self) -> int:
+        """D, the width of a head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def d_ffn(self) -> int:
+        """The hidden width of the MLP."""
+        return int(self.d_model * self.expansion_ratio)
+
+    @property
+    def norm_bias(self) -> bool:
+        """Whether norms have biases: a LayerNorm with no_bias False; an RMSNorm never."""
+        return not self.no_bias and "rms" not in self.norm_type
+
+    @property
+    def logit_factor(self) -> float:
+        """What the logits are multiplied by."""
+        if self.logit_scale is None:
+            return 1.0
+        return self.d_model**-0.5 if isinstance(self.logit_scale, str) else float(self.logit_scale)
+
+    def __getattr__(self, name: str) -> Any:  # called only where normal lookup finds nothing
+        if name in ALIASES:
+            return getattr(self, ALIASES[name])
+        raise AttributeError(f"MptConfig has no field {name!r}{_nearest(name, [f.name for f in fields(MptConfig)])}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        name = ALIASES.get(name, name)
+        if name not in MptConfig.__dataclass_fields__:
+            raise AttributeError(
+                f"MptConfig has no field {name!r}{_nearest(name, [f.name for f in fields(MptConfig)])}"
+            )
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MptConfig":
+        """From a Hugging Face config.json or an llm-foundry model section; `values` is left as it is."""
+        return cls(**_mapping("the configuration", values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under their own names, as transformers parses them; `from_dict` gives an equal configuration."""
+        out: dict[str, Any] = {"model_type": "mpt"} | {f.name: getattr(self, f.name) for f in fields(self)}
+        out["expansion_ratio"] = _whole(self.expansion_ratio)
+        out["attn_config"] = self.attn_config.to_dict()
+        if self.init_config is None:
+            del out["init_config"]
+        else:
+            out["init_config"] = self.init_config.to_dict()
+        return out
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "MptConfig":
+        """From the config.json in a folder. ValueError where there is none or it is no JSON object."""
+        path = Path(folder) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist; give a folder that holds a model's config.json") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not JSON ({error})") from None
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json into `folder`, which is made where it does not exist."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict() | {"architectures": ["MptForCausalLM"]}, indent=2, sort_keys=True)
+        (Path(folder) / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def parameter_shapes(config: MptConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of an MptForCausalLM, in the model's order; tied logits have no lm_head of their
+    own.
+    """
+    d, q, kv, f = config.d_model, config.n_heads * config.d_head, config.kv_heads * config.d_head, config.d_ffn
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(name: str, shape: tuple[int, ...], bias: bool) -> None:
+        shapes[f"{name}.weight"] = shape
+        if bias:
+            shapes[f"{name}.bias"] = shape[:1]
+
+    linear_bias = not config.no_bias
+    add("transformer.wte", (config.vocab_size, d), False)
+    if config.learned_pos_emb and not config.attn_config.alibi:
+        add("transformer.wpe", (config.max_seq_len, d), False)
+    for i in range(config.n_layers):
+        block = f"transformer.blocks.{i}."
+        add(block + "norm_1", (d,), config.norm_bias)
+        add(block + "attn.Wqkv", (q + 2 * kv, d), linear_bias)
+        if config.attn_config.qk_ln:
+            add(block + "attn.q_ln", (q,), config.norm_bias)
+            add(block + "attn.k_ln", (kv,), config.norm_bias)
+        add(block + "attn.out_proj", (d, q), linear_bias)
+        add(block + "norm_2", (d,), config.norm_bias)
+        add(block + "ffn.up_proj", (f, d), linear_bias)
+        add(block + "ffn.down_proj", (d, f), linear_bias)
+    add("transformer.norm_f", (d,), config.norm_bias)
+    if not config.tie_word_embeddings:
+        add("lm_head", (config.vocab_size, d), False)
+    return shapes
+
+
+def count_parameters(config: MptConfig) -> int:
+    """The number of parameters of an MptForCausalLM, exactly, without building it."""
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
+
+def _fill(
+    config: Any, values: Mapping[str, Any], bookkeeping: frozenset[str], inert: dict[str, tuple[Any, ...]], where: str
+) -> None:
+    """Set every field from `values` or its default; skip bookkeeping, check inert keys, refuse the rest by name."""
+    names = [f.name for f in fields(config)]
+    for key in values:
+        if key not in names and key not in inert and key not in bookkeeping:
+            raise ValueError(f"unknown key {where}{key} (= {values[key]!r}){_nearest(key, names)}")
+    _check_inert(values, inert, where, partial=True)
+    for f in fields(config):
+        setattr(config, f.name, values.get(f.name, f.default))
+
+
+def _check_inert(values: Any, inert: dict[str, tuple[Any, ...]], where: str, *, partial: bool) -> None:
+    """ValueError where a key of `inert` has a value this model cannot honour, or (not partial) another key is there."""
+    for key, value in _mapping(where.rstrip("."), values).items():
+        if key in inert and value not in inert[key]:
+            allowed = " or ".join(repr(v) for v in inert[key])
+            raise ValueError(f"{where}{key} is {value!r}; this model supports only {allowed}")
+        if key not in inert and not partial:
+            raise ValueError(f"unknown key {where}{key} (= {value!r}){_nearest(key, list(inert))}")
+
+
+def _foundry_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `values`; where it is an llm-foundry model section (it has `name`), with llm-foundry's defaults for
+    what it lacks.
+    """
+    values = dict(values)
+    if "name" not in values:
+        return values
+    if (name := values.pop("name")) != "mpt_causal_lm":
+        raise ValueError(f"name is {name!r}; the one model there is is 'mpt_causal_lm'")
+    attn = values.get("attn_config")
+    if not isinstance(attn, MptAttentionConfig):
+        values["attn_config"] = {"alibi": False} | _mapping("attn_config", attn)
+    if values.get("init_config") is None:
+        values["init_config"] = {}
+    return {"no_bias": False} | values
+
+
+def _mapping(name: str, values: Any) -> dict[str, Any]:
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} is {values!r}; it must be a mapping")
+    return dict(values)
+
+
+def _check_types(config: Any, where: str) -> None:
+    """Bring each field to one of its annotated types (an int to float where a float is meant), or refuse it by name."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        kinds = (get_args(f.type) or (f.type,)) if get_origin(f.type) is not list else (f.type,)
+        setattr(config, f.name, _typed(where + f.name, value, kinds))
+
+
+def _typed(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be finite")
+    for kind in kinds:
+        item = get_args(kind)
+        if item and isinstance(value, list):
+            return [_typed(f"{name}[{i}]", one, item) for i, one in enumerate(value)]
+        if kind is float and number:
+            return float(value)
+        if not item and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    wanted = " or ".join("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
+    raise ValueError(f"{name} is {value!r} ({type(value).__name__}); it must be {wanted}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value < high:
+        raise ValueError(f"{name} is {value}; it must be at least {low} and less than {high}")
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _nearest(key: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(key, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,270 @@
+"""The models as their users meet them: parity with transformers, outputs, autocast, compile, and what they refuse."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import MptConfig as TheirConfig
+from transformers import MptForCausalLM as TheirModel
+
+import kernels
+from mpt import MptConfig, MptForCausalLM, MptModel
+
+SHAPE = {"d_model": 64, "n_heads": 4, "n_layers": 3, "vocab_size": 97, "max_seq_len": 40}
+S = 33
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def pair(**attn) -> tuple[MptForCausalLM, TheirModel]:
+    """Ours and transformers', with the same lively weights."""
+    theirs = TheirModel(TheirConfig(**SHAPE, attn_config=attn))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) * (0.15 if p.dim() == 2 else 0.3) + (p.dim() == 1))
+    ours = MptForCausalLM(MptConfig(**SHAPE, attn_config=attn))
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("attn", [{}, {"clip_qkv": 0.5, "softmax_scale": 0.2}], ids=["plain", "clip and scale"])
+def test_equals_transformers(attn: dict, padding: str) -> None:
+    ours, theirs = pair(**attn)
+    ids, mask = torch.randint(0, 97, (3, S)), torch.ones(3, S, dtype=torch.long)
+    labels = ids.clone()
+    if padding == "left":
+        mask[0, :7], mask[1, :20] = 0, 0
+        labels[0, 7], labels[1, 20] = -100, -100  # predicted at a padded position, where outputs are unspecified
+    elif padding == "right":
+        mask[0, -7:], mask[1, -20:] = 0, 0
+    labels[mask == 0] = -100
+    a = ours(ids, attention_mask=mask, labels=labels, return_logits=True)
+    b = theirs(ids, attention_mask=mask, labels=labels)
+    assert relative(a.logits[mask == 1], b.logits[mask == 1]) <= 1e-5
+    assert relative(a.loss, b.loss) <= 1e-5
+    a.loss.backward()
+    b.loss.backward()
+    gradients = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        assert relative(p.grad, gradients[name].grad) <= 1e-5, name
+
+
+def test_outputs_equal_transformers() -> None:
+    ours, theirs = (m.eval() for m in pair())
+    ids = torch.randint(0, 97, (2, S))
+    flags = {"output_hidden_states": True, "output_attentions": True}
+    a, b = ours(ids, labels=ids, **flags), theirs(ids, labels=ids, **flags)
+    assert list(a.keys()) == [key for key in b if key != "past_key_values"]
+    for x, y in zip((*a.hidden_states, *a.attentions), (*b.hidden_states, *b.attentions), strict=True):
+        assert x.shape == y.shape and relative(x, y) <= 1e-5
+    loss, logits, *_ = ours(ids, labels=ids, return_dict=False)
+    assert torch.equal(loss, a.loss) and torch.equal(logits, a.logits)
+    for keep in (1, 5, torch.tensor([0, 7, 3])):
+        x, y = ours(ids, logits_to_keep=keep).logits, theirs(ids, logits_to_keep=keep).logits
+        assert x.shape == y.shape and relative(x, y) <= 1e-5
+    x = ours(inputs_embeds=ours.get_input_embeddings()(ids)).logits
+    assert torch.equal(x, a.logits)
+    body = ours.transformer(ids, return_dict=False)
+    assert len(body) == 1 and torch.equal(body[0], a.hidden_states[-1])
+
+
+def test_output_record() -> None:
+    model = MptForCausalLM(MptConfig(**SHAPE)).eval()
+    out = model(torch.randint(0, 97, (1, 5)))
+    assert out[0] is out.logits is out["logits"] is out.to_tuple()[0]
+    assert list(out) == ["logits"] and "loss" not in out and len(out) == 1 and out[:1] == (out.logits,)
+    with pytest.raises(KeyError):
+        out["loss"]
+    leaves = torch.utils._pytree.tree_leaves(out)
+    assert any(leaf is out.logits for leaf in leaves)
+
+
+def test_logits_come_unless_training_with_labels() -> None:
+    model = MptForCausalLM(MptConfig(**SHAPE))
+    ids = torch.randint(0, 97, (2, S))
+    assert model.train()(ids).logits is not None
+    assert model(ids, labels=ids).logits is None
+    assert len(model(ids, labels=ids, return_dict=False)) == 1
+    assert model(ids, labels=ids, return_logits=True).logits is not None
+    assert model.eval()(ids, labels=ids).logits is not None
+    assert list(model(ids, labels=ids, return_logits=False)) == ["loss"]
+
+
+def test_configured_outputs() -> None:
+    flags = {"return_dict": False, "output_hidden_states": True, "output_attentions": True}
+    logits, hidden, attentions = MptForCausalLM(MptConfig(**SHAPE, **flags))(torch.randint(0, 97, (1, 5)))
+    assert logits.shape == (1, 5, 97) and len(hidden) == 4 and attentions[0].shape == (1, 4, 5, 5)
+
+
+def test_loss_counts() -> None:
+    model = MptForCausalLM(MptConfig(**SHAPE))
+    ids = torch.randint(0, 97, (2, S))
+    labels = ids.clone()
+    labels[0, 3:20] = -100
+    counted = int((labels[:, 1:] != -100).sum())
+    mean = model(ids, labels=labels).loss
+    for items in (10, torch.tensor(10)):
+        assert relative(model(ids, labels=labels, num_items_in_batch=items).loss, mean * counted / 10) < 1e-5
+    nothing = model(ids, labels=torch.full_like(ids, -100)).loss
+    nothing.backward()
+    assert nothing.item() == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("norm_type", ["low_precision_layernorm", "layernorm", "low_precision_rmsnorm", "rmsnorm"])
+def test_autocast(norm_type: str) -> None:
+    """Outputs near fp32's; the residual stream stays fp32; each norm gives the dtype that it should."""
+    config = MptConfig(**SHAPE, norm_type=norm_type, attn_config={"qk_ln": True}, no_bias=False)
+    model = MptForCausalLM(config).eval()
+    ids, mask = torch.randint(0, 97, (2, S)), torch.ones(2, S)
+    mask[0, :3] = 0
+    given: list[torch.dtype] = []
+    block = model.transformer.blocks[1]
+    handles = [
+        n.register_forward_hook(lambda m, i, o: given.append((o[0] if type(o) is tuple else o).dtype))
+        for n in (block.norm_1, block.norm_2)
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, attention_mask=mask, labels=ids, output_hidden_states=True)
+    assert given == [torch.bfloat16 if norm_type == "low_precision_layernorm" else torch.float32] * 2
+    assert [h.dtype for h in out.hidden_states[:-1]] == [torch.float32] * 3 and out.loss.dtype == torch.float32
+    assert out.logits.dtype == torch.bfloat16
+    for handle in handles:
+        handle.remove()
+    plain = model(ids, attention_mask=mask, labels=ids)
+    assert relative(out.logits[mask == 1], plain.logits[mask == 1]) < 0.03
+    assert relative(out.loss, plain.loss) < 0.01
+    out.loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_bf16_parameters() -> None:
+    model = MptForCausalLM(MptConfig(**SHAPE)).eval()
+    ids = torch.randint(0, 97, (2, S))
+    plain = model(ids).logits
+    out = model.bfloat16()(ids, labels=ids)
+    assert out.logits.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
+    assert relative(out.logits.float(), plain) < 0.05
+    out.loss.backward()
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_gives_the_same_gradients(mode: str) -> None:
+    """Dropout included; and it does recompute: every block's norms run twice."""
+    model = MptForCausalLM(MptConfig(**SHAPE, resid_pdrop=0.1, attn_config={"attn_pdrop": 0.1}))
+    ids, runs = torch.randint(0, 97, (2, S)), []
+    for block in model.transformer.blocks:
+        block.norm_1.register_forward_hook(lambda *_: runs.append(1))
+    torch.manual_seed(5)
+    model(ids, labels=ids).loss.backward()
+    plain, once = [p.grad.clone() for p in model.parameters()], len(runs)
+    model.zero_grad()
+    model.transformer.set_activation_checkpointing(mode)
+    torch.manual_seed(5)
+    model(ids, labels=ids).loss.backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(plain, model.parameters(), strict=True))
+    assert len(runs) == 3 * once
+
+
+def test_blocks_compile_whole() -> None:
+    """Each block traces without a graph break, under autocast too."""
+    model = MptForCausalLM(MptConfig(**SHAPE, no_bias=False, attn_config={"qk_ln": True, "clip_qkv": 3}))
+    ids = torch.randint(0, 97, (2, S))
+    plain = model(ids, labels=ids).loss
+    for block in model.transformer.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    assert relative(model(ids, labels=ids).loss, plain) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=ids).loss.backward()
+
+
+def test_fsdp_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fully_shard casts a module's floating arguments; ALiBi's slopes must stay fp32. Gradients come back in fp32."""
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    attention = kernels.flash_attention
+
+    def record(q: Tensor, k: Tensor, v: Tensor, **rest):
+        seen.append((q.dtype, rest["alibi_slopes"].dtype))
+        return attention(q, k, v, **rest)
+
+    monkeypatch.setattr(kernels, "flash_attention", record)
+    model = MptForCausalLM(MptConfig(**SHAPE))
+    ids = torch.randint(0, 97, (2, S))
+    plain = model(ids, labels=ids).loss
+    seen.clear()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in model.transformer.blocks:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        model.transformer.set_activation_checkpointing("selective")
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+    finally:
+        dist.destroy_process_group()
+    assert seen and set(seen) == {(torch.bfloat16, torch.float32)}
+    assert relative(loss, plain) < 0.01
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_tied_head() -> None:
+    model = MptForCausalLM(MptConfig(**SHAPE))
+    assert model.get_output_embeddings() is model.get_input_embeddings() and "lm_head.weight" not in model.state_dict()
+    state = model.state_dict()
+    state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+    model.load_state_dict(state)
+    state["lm_head.weight"] = state["transformer.wte.weight"] + 1
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from wte\.weight"):
+        model.load_state_dict(state)
+
+
+IDS = torch.arange(10).view(2, 5)
+REFUSED = [
+    ({}, {"use_cache": True}, "key/value cache"),
+    ({}, {"past_key_values": ()}, "key/value cache"),
+    ({}, {"cache_position": IDS[0]}, "key/value cache"),
+    ({}, {"input_ids": None}, "either input_ids or inputs_embeds"),
+    ({}, {"inputs_embeds": torch.zeros(2, 5, 64)}, "either input_ids or inputs_embeds"),
+    ({}, {"input_ids": IDS[0]}, r"input_ids must be \(B, S\)"),
+    ({}, {"input_ids": IDS + 90}, r"input_ids hold 99; ids must be in 0\.\.96"),
+    ({}, {"input_ids": IDS - 1}, r"input_ids hold -1; ids must be in 0\.\.96"),
+    ({}, {"attention_mask": torch.ones(2, 4)}, r"attention_mask is \(2, 4\)"),
+    ({}, {"attention_mask": torch.ones(2, 1, 5, 5)}, "attention_mask is"),
+    ({}, {"labels": IDS[:, 1:]}, r"labels are \(2, 4\)"),
+    ({}, {"prefix_mask": torch.ones(2, 5)}, "takes no prefix_mask"),
+    ({"prefix_lm": True}, {}, "needs prefix_mask"),
+    ({"attn_uses_sequence_id": True}, {}, "training needs sequence_id"),
+    ({"attn_uses_sequence_id": True}, {"sequence_id": IDS, "token_type_ids": IDS}, "two names of one argument"),
+    ({"alibi": False}, {"input_ids": torch.zeros(1, 41, dtype=torch.long)}, "41 positions and max_seq_len is 40"),
+]
+
+
+@pytest.mark.parametrize(("attn", "kwargs", "message"), REFUSED, ids=[m for _, _, m in REFUSED])
+def test_refuses(attn: dict, kwargs: dict, message: str) -> None:
+    model = MptForCausalLM(MptConfig(**SHAPE, attn_config=attn))
+    with pytest.raises(ValueError, match=message):
+        model(**({"input_ids": IDS} | kwargs))
+
+
+def test_warnings() -> None:
+    with pytest.warns(UserWarning, match="no notion of positions"):
+        MptModel(MptConfig(**SHAPE, learned_pos_emb=False, attn_config={"alibi": False}))
+    with pytest.warns(UserWarning, match="attn_uses_sequence_id is False: it has no effect"):
+        MptModel(MptConfig(**SHAPE))(IDS, sequence_id=IDS)
+    model = MptForCausalLM(MptConfig(**SHAPE, attn_config={"attn_uses_sequence_id": True})).eval()
+    model(IDS)  # plain causal in eval mode
+
+
+def test_learned_positions_count_real_tokens() -> None:
+    """Left padding may take a row past max_seq_len, real tokens may not."""
+    model = MptForCausalLM(MptConfig(**SHAPE, attn_config={"alibi": False})).eval()
+    ids, mask = torch.randint(0, 97, (1, 44)), torch.ones(1, 44, dtype=torch.bool)
+    mask[0, :6] = False
+    assert relative(model(ids, attention_mask=mask).logits[:, 6:], model(ids[:, 6:]).logits) < 1e-5
+    mask[0, 2:] = True
+    with pytest.raises(ValueError, match="42 positions and max_seq_len is 40"):
+        model(ids, attention_mask=mask)

@@ -1,0 +1,95 @@
+"""Every recipe in yaml/ loads, has the published values, and its numbers add up at a sensible number of processes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpt.config import count_parameters
+from trainer.config import load_config, validate
+from trainer.plan import plan
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path.stem for path in (ROOT / "yaml").glob("*.yaml"))
+
+# d_model, n_heads, n_layers, vocab_size, learning rate, global batch, steps, processes
+PRETRAINING = {
+    "mpt-125m": (768, 12, 12, 50368, 6e-4, 256, 4800, 8),
+    "mpt-350m": (1024, 16, 24, 50368, 3e-4, 256, 13400, 8),
+    "mpt-760m": (1536, 12, 24, 50368, 2.5e-4, 256, 29000, 8),
+    "mpt-1b": (2048, 16, 24, 50368, 2e-4, 512, 24800, 8),
+    "mpt-3b": (2560, 20, 32, 50368, 1.6e-4, 512, 51500, 8),
+    "mpt-7b": (4096, 32, 32, 50432, 1.2e-4, 1024, 63900, 8),
+    "mpt-13b": (5120, 40, 40, 50368, 1e-4, 1024, 124000, 64),
+    "mpt-30b": (7168, 64, 48, 50432, 1e-4, 2048, 143100, 128),
+    "mpt-70b": (8192, 64, 80, 50368, 8e-5, 2048, 333800, 256),
+}
+PUBLISHED_PARAMETERS = {"mpt-7b": 6_649_286_656, "mpt-30b": 29_957_200_896}
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RUN_NAME", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the same numbers on every machine
+
+
+def load(name):
+    return load_config(f"yaml/{name}.yaml")
+
+
+def test_the_recipes_are_all_here():
+    assert {"mpt-tiny", *PRETRAINING} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_loads_and_adds_up(name):
+    config = load(name)
+    assert config.run_name == name
+    world = PRETRAINING.get(name, [2])[-1]
+    resolved = validate(config, world, open_data=False)
+    assert resolved.micro_batch * resolved.accumulation * world == config.global_train_batch_size
+    assert resolved.warmup_steps < resolved.steps
+    numbers = plan(config, resolved, world)
+    assert numbers.parameters == count_parameters(resolved.model_config)
+    assert not numbers.notes and f"{numbers.parameters:,}" in str(numbers)
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_published_values(name):
+    d, heads, layers, vocab, lr, batch, steps, _ = PRETRAINING[name]
+    config = load(name)
+    resolved = validate(config, 1, open_data=False)
+    model = resolved.model_config
+    assert (model.d_model, model.n_heads, model.n_layers, model.vocab_size) == (d, heads, layers, vocab)
+    assert (model.max_seq_len, model.expansion_ratio, model.norm_type) == (2048, 4, "low_precision_layernorm")
+    assert model.attn_config.alibi is True and model.attn_config.alibi_bias_max == 8 and model.no_bias is True
+    assert model.tie_word_embeddings is True and model.init_config.name == "kaiming_normal_"
+    assert (config.global_train_batch_size, resolved.steps, resolved.warmup_steps) == (batch, steps, 100)
+    optimizer, scheduler = config.optimizer, config.scheduler
+    assert (optimizer.name, optimizer.lr, optimizer.betas) == ("decoupled_adamw", lr, (0.9, 0.95))
+    assert (optimizer.eps, optimizer.weight_decay, config.gradient_clip_norm) == (1e-8, 0.0, 1.0)
+    assert (scheduler.name, scheduler.alpha_f, config.precision) == ("cosine_with_warmup", 0.1, "amp_bf16")
+    assert config.tokenizer.name == "EleutherAI/gpt-neox-20b"
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_parameters_equal_the_formula(name):
+    d, _, layers, vocab, *_ = PRETRAINING[name]
+    expected = vocab * d + layers * (3 * d * d + d * d + 2 * d * 4 * d + 2 * d) + d
+    assert count_parameters(validate(load(name), 1, open_data=False).model_config) == expected
+    assert PUBLISHED_PARAMETERS.get(name, expected) == expected
+
+
+@pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b"])
+def test_what_was_not_published_is_said_so(name):
+    comment = (ROOT / "yaml" / f"{name}.yaml").read_text().split("run_name:")[0]
+    assert re.search(r"Not published", comment) and "not what MosaicML ran" in comment
+
+
+def test_the_folder_is_no_package():
+    assert not (ROOT / "yaml" / "__init__.py").exists()
+    import yaml
+
+    assert yaml.safe_load("a: 1") == {"a": 1}

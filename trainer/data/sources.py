@@ -1,0 +1,352 @@
+"""Where documents come from: listing inputs, cutting them into pieces of work, and reading a piece's documents.
+
+Inputs are JSON lines, Parquet, Arrow and text files (plain, .gz, .zst), MDS folders, folders and globs of all these,
+and hub data sets `NAME[:CONFIG][@SPLIT]`. Reading a piece depends on nothing but the piece and the options, so pieces
+can be read by any process in any order.
+"""
+
+import glob
+import gzip
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+from trainer.data import mds
+from trainer.data.mds import Document
+from trainer.errors import InputError
+
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow",
+         ".txt": "text", ".text": "text", ".md": "text"}  # fmt: skip
+COMPRESSED = (".gz", ".zst", ".zstd")
+# What `datasets.save_to_disk` writes beside its Arrow files.
+NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json")
+HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+DOCUMENT_UNITS = ("file", "paragraph", "line")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of documents in one file: bytes [start, stop) of JSON lines, row groups of Parquet, one shard of MDS.
+
+    `size` is the piece's length in bytes of the file, for sharing out the work; stop -1 is the end of the file.
+    """
+
+    path: str
+    kind: str
+    validation: bool
+    size: int
+    start: int = 0
+    stop: int = -1
+
+    def state(self) -> list[object]:
+        """What must be unchanged for earlier work on this piece to be kept."""
+        path = Path(self.path) / mds.INDEX if self.kind == "mds" else Path(self.path)
+        stats = [path.stat()]
+        if self.kind == "mds":
+            stats.append(_mds_shards(Path(self.path))[self.start].path.stat())
+        times = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        return [os.path.abspath(self.path), self.kind, self.validation, self.start, self.stop, times]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are taken out of the pieces."""
+
+    text_field: str
+    document_unit: str
+    mds_dtype: str
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to read, or a whole MDS folder; `size` is its bytes on disk (of an MDS folder: uncompressed)."""
+
+    path: Path
+    kind: str
+    size: int
+
+
+def list_files(inputs: list[str]) -> list[InputFile]:
+    """The files behind all inputs, in the order given (folders and globs sorted); InputError for one without any."""
+    files = []
+    for name in inputs:
+        for path, kind in _files(name):
+            size = sum(shard.raw_bytes for shard in _mds_shards(path)) if kind == "mds" else path.stat().st_size
+            files.append(InputFile(path, kind, size))
+    return files
+
+
+def cut_files(files: list[InputFile], validation: bool, piece_bytes: int) -> Iterator[Piece]:
+    """The pieces of the files, in order, each of about `piece_bytes` or, where a file cannot be cut, larger."""
+    for file in files:
+        yield from _cut(file, validation, piece_bytes)
+
+
+def _mds_shards(folder: Path) -> tuple[mds.MdsShard, ...]:
+    index = folder / mds.INDEX
+    return _read_index(folder, index.stat().st_mtime_ns if index.is_file() else 0)
+
+
+@lru_cache(maxsize=8)
+def _read_index(folder: Path, mtime: int) -> tuple[mds.MdsShard, ...]:
+    return tuple(mds.read_index(folder))
+
+
+def _files(name: str) -> list[tuple[Path, str]]:
+    path = Path(name)
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return [(path, _kind(path) or "text")]
+    if glob.has_magic(name):
+        found = []
+        for match in sorted(glob.glob(name, recursive=True)):
+            if os.path.isdir(match):
+                found += _folder(Path(match)) if (Path(match) / mds.INDEX).is_file() else []
+            else:
+                found.append((Path(match), _kind(Path(match)) or "text"))
+        if not found:
+            raise InputError(f"{name}: no file matches")
+        return found
+    if HUB.fullmatch(name) and not _kind(path) and path.suffix not in COMPRESSED:
+        return [(file, "arrow") for file in _hub_files(name)]
+    raise InputError(f"{name}: no such file or folder")
+
+
+def _kind(path: Path) -> str | None:
+    suffixes = path.suffixes
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes = suffixes[:-1]
+    return KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def _folder(folder: Path) -> list[tuple[Path, str]]:
+    if (folder / mds.INDEX).is_file():
+        return [(folder, "mds")]
+    splits = sorted(path.parent for path in folder.glob(f"*/{mds.INDEX}"))
+    if splits:
+        names = ", ".join(str(split) for split in splits)
+        raise InputError(
+            f"{folder}: holds MDS folders ({names}): name those to read, and give validation ones to --val"
+        )
+    found = []
+    for path in sorted(folder.rglob("*")):
+        kind = _kind(path)
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if kind and path.is_file() and path.name not in NOT_DATA and not hidden:
+            found.append((path, kind))
+    if not found:
+        raise InputError(
+            f"{folder}: no {', '.join(KINDS)} file in it (plain or {', '.join(COMPRESSED)}), no {mds.INDEX}"
+        )
+    return found
+
+
+def _hub_files(name: str) -> list[Path]:
+    """The Arrow files of a hub data set in the local cache, downloaded where they are not there yet."""
+    match = HUB.fullmatch(name)
+    assert match is not None
+    split = match["split"] or "train"
+    import datasets
+
+    try:
+        data = datasets.load_dataset(match["name"], match["config"], split=split)
+    except Exception as error:  # the library raises dozens of kinds, from many layers
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(
+            f"{name}: not a file or folder here, and not to be had as a hub data set NAME[:CONFIG][@SPLIT] ({reason})"
+        ) from None
+    return [Path(file["filename"]) for file in data.cache_files]
+
+
+def _cut(file: InputFile, validation: bool, piece_bytes: int) -> Iterator[Piece]:
+    path, kind, size = file.path, file.kind, file.size
+    if kind == "mds":
+        for number, shard in enumerate(_mds_shards(path)):
+            yield Piece(str(path), kind, validation, shard.raw_bytes, number, number + 1)
+        return
+    if kind == "jsonl" and path.suffix not in COMPRESSED:
+        for start in range(0, size, piece_bytes):
+            stop = min(start + piece_bytes, size)
+            yield Piece(str(path), kind, validation, stop - start, start, stop)
+    elif kind == "parquet":
+        yield from _cut_parquet(path, validation, piece_bytes)
+    elif size:
+        yield Piece(str(path), kind, validation, size)
+
+
+def _cut_parquet(path: Path, validation: bool, piece_bytes: int) -> Iterator[Piece]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not readable as Parquet ({error}); copy it again or leave it out") from None
+    start = size = 0
+    for group in range(metadata.num_row_groups):
+        size += metadata.row_group(group).total_byte_size
+        if size >= piece_bytes or group == metadata.num_row_groups - 1:
+            yield Piece(str(path), "parquet", validation, size, start, group + 1)
+            start, size = group + 1, 0
+
+
+def read_piece(piece: Piece, reading: Reading) -> Iterator[Document]:
+    """The documents of a piece in order, blank ones left out: text, or an integer array of ids (MDS `tokens`).
+
+    InputError names the file and the line, row or sample that cannot be read.
+    """
+    path = Path(piece.path)
+    if piece.kind == "mds":
+        documents: Iterator[Document] = mds.read_shard(
+            _mds_shards(path)[piece.start], reading.text_field, reading.mds_dtype
+        )
+    elif piece.kind == "jsonl":
+        documents = _read_jsonl(piece, reading.text_field)
+    elif piece.kind == "text":
+        documents = _read_text(path, reading.document_unit)
+    else:
+        documents = _read_table(piece, reading.text_field)
+    for document in documents:
+        if len(document) and not (isinstance(document, str) and document.isspace()):
+            yield document
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix in COMPRESSED:
+        import zstandard
+
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True))
+    return open(path, "rb")
+
+
+def _read_jsonl(piece: Piece, field: str) -> Iterator[str]:
+    """A line belongs to the piece that holds its first byte."""
+    path = Path(piece.path)
+    with _open(path) as file:
+        line_start = piece.start
+        if piece.start > 0:
+            file.seek(piece.start - 1)
+            line_start += len(file.readline()) - 1
+        number = 0
+        while piece.stop < 0 or line_start < piece.stop:
+            try:
+                line = file.readline()
+                if not line:
+                    return
+                if line.strip():
+                    yield _text_of(json.loads(line), field)
+            except Exception as error:  # JSON, UTF-8 and every decompressor's own
+                number += _lines_before(path, piece.start) + 1
+                raise InputError(f"{path}, line {number}: {_reason(error)}; repair or remove the line") from None
+            number += 1
+            line_start += len(line)
+
+
+def _lines_before(path: Path, end: int) -> int:
+    """Lines that start before byte `end` of a plain file, counted only for an error message."""
+    if end == 0:
+        return 0
+    count, left = 0, end - 1
+    with open(path, "rb") as file:
+        while left > 0:
+            chunk = file.read(min(left, 1 << 22))
+            count += chunk.count(b"\n")
+            left -= len(chunk)
+    return count + 1
+
+
+def _text_of(row: object, field: str) -> str:
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__}, expected an object with the field {field!r}")
+    if field not in row:
+        names = ", ".join(map(str, list(row)[:8]))
+        raise ValueError(f"no field {field!r} (--text-field); the line has: {names}")
+    text = row[field]
+    if not isinstance(text, str):
+        raise ValueError(f"field {field!r} is {type(text).__name__}, expected text")
+    if not text.isascii():
+        text.encode("utf-8")  # a lone surrogate, which JSON can spell, is no text
+    return text
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg}, column {error.colno})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte {error.start})"
+    if isinstance(error, UnicodeEncodeError):
+        return "the text holds half of a surrogate pair, which is not Unicode text"
+    return str(error)
+
+
+def _read_text(path: Path, unit: str) -> Iterator[str]:
+    try:
+        with _open(path) as file:
+            if unit == "file":
+                data = file.read()
+                yield data.decode("utf-8")
+                return
+            lines: list[bytes] = []
+            for line in file:
+                lines.append(line)
+                if unit == "line" or not line.strip():
+                    yield b"".join(lines).decode("utf-8").strip("\n")
+                    lines = []
+            yield b"".join(lines).decode("utf-8").strip("\n")
+    except UnicodeDecodeError as error:
+        # error.start counts from where the document starts, so the line is found anew.
+        raise InputError(f"{path}, line {_bad_line(path)}: not UTF-8 ({error.reason}); convert the file") from None
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read ({error}); copy it again or leave it out") from None
+
+
+def _bad_line(path: Path) -> int:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
+def _read_table(piece: Piece, field: str) -> Iterator[str]:
+    """Rows of a Parquet or Arrow file. The row number in an error counts from the start of the piece's row group."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if piece.kind == "parquet":
+            table = pyarrow.parquet.ParquetFile(piece.path)
+            names = table.schema_arrow.names
+            batches = table.iter_batches(256, row_groups=range(piece.start, piece.stop), columns=_column(names, field))
+        else:
+            stream = pyarrow.ipc.open_stream(pyarrow.memory_map(piece.path))
+            _column(stream.schema.names, field)
+            batches = (batch.select([field]) for batch in stream)
+        row = 0
+        for batch in batches:
+            for text in batch.column(0).to_pylist():
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"row {row} of row group {piece.start}: {field!r} is {type(text).__name__}, expected text"
+                    )
+                yield text
+                row += 1
+    except (ValueError, OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{piece.path}: {error}; repair the file or leave it out") from None
+
+
+def _column(names: list[str], field: str) -> list[str]:
+    if field not in names:
+        raise ValueError(f"no column {field!r} (--text-field); the columns are {', '.join(names)}")
+    return [field]

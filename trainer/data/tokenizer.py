@@ -1,0 +1,103 @@
+"""Finding a tokenizer's files, its end-of-document token and its SHA-256."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from trainer.errors import InputError
+
+TOKENIZER = "tokenizer.json"
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+DEFAULT_EOS = "<|endoftext|>"
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def find_tokenizer(name: str | Path) -> Path:
+    """The tokenizer.json that `name` means: a path to one, a folder with one, or a name on the Hugging Face hub.
+
+    Hub files come from the local cache where they are there (HF_HOME, HF_HUB_OFFLINE are honoured), with the settings
+    files beside them. InputError says what was tried.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / TOKENIZER).is_file():
+            raise InputError(f"tokenizer {name}: no {TOKENIZER} in this folder; save the tokenizer in its fast form")
+        return path / TOKENIZER
+    if path.is_file():
+        return path
+    if not HUB_NAME.fullmatch(str(name)) or str(name).endswith(".json"):
+        raise InputError(f"tokenizer {name}: no such file or folder")
+    return _from_hub(str(name))
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(name, TOKENIZER))
+    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"tokenizer {name}: not a file or folder here, and its {TOKENIZER} could not be had from the hub "
+            f"({reason}); give the path of a {TOKENIZER}"
+        ) from None
+    for settings in SETTINGS:
+        try:
+            hf_hub_download(name, settings)
+        except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            continue  # optional: many repositories have only one of the two
+    return path
+
+
+def settings_files(tokenizer: Path) -> list[Path]:
+    """The settings files that lie beside a tokenizer.json."""
+    return [tokenizer.parent / name for name in SETTINGS if (tokenizer.parent / name).is_file()]
+
+
+def find_eos(tokenizer: Path, given: str | None = None) -> tuple[str, int]:
+    """The token that ends a document, and its id: `given`, else the settings' eos_token, else `<|endoftext|>`.
+
+    InputError where the tokenizer has no such token.
+    """
+    ids = added_tokens(tokenizer)
+    if given is not None:
+        if given not in ids:
+            raise InputError(f"--eos {given}: {tokenizer} has no such added token; it has {_some(ids)}")
+        return given, ids[given]
+    for path in settings_files(tokenizer):
+        try:
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+            raise InputError(f"{path}: not a JSON mapping ({error}); repair it, or remove it and give --eos") from None
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        if eos in ids:
+            return eos, ids[eos]
+    if DEFAULT_EOS in ids:
+        return DEFAULT_EOS, ids[DEFAULT_EOS]
+    raise InputError(
+        f"{tokenizer}: no eos_token in the settings beside it and no {DEFAULT_EOS}; name the token that ends a "
+        f"document with --eos; added tokens are {_some(ids)}"
+    )
+
+
+def added_tokens(tokenizer: Path) -> dict[str, int]:
+    """The added (special) tokens of a tokenizer.json with their ids."""
+    try:
+        data = json.loads(tokenizer.read_text(encoding="utf-8"))
+        return {token["content"]: token["id"] for token in data["added_tokens"]}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{tokenizer}: not a tokenizer.json as the tokenizers library writes it ({error!r})") from None
+
+
+def _some(ids: dict[str, int]) -> str:
+    names = sorted(ids, key=lambda name: ids[name])
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none"
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; of tokenizer.json it is what a manifest calls tokenizer.sha256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

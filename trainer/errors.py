@@ -1,0 +1,5 @@
+"""The one exception for bad input: its message names the field, the value it had, and what to do."""
+
+
+class InputError(ValueError):
+    """A configuration, file, checkpoint or argument that cannot be used. `train.py` prints it and exits with 2."""

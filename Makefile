@@ -1,0 +1,42 @@
+# Everything runs in .venv, made on first use from pyproject.toml and the tested versions in constraints.txt.
+# On a laptop where a bare torch would pull CUDA packages: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: demo test test-slow lint bench setup clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,dev,tensorboard]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python scripts/demo_corpus.py --out data/demo
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 train.py yaml/mpt-tiny.yaml
+	$(BIN)/python scripts/check_export.py runs/mpt-tiny/export
+
+test: $(READY)
+	$(PYTEST) -m "not slow" --durations=15
+
+test-slow: $(READY)
+	$(PYTEST) -m "slow" --durations=15
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python scripts/bench_train.py
+	$(BIN)/python scripts/bench_data.py
+	$(BIN)/python scripts/bench_checkpoint.py
+
+clean:
+	rm -rf .venv runs data/demo

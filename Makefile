@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: demo test test-slow lint bench setup clean
+.PHONY: demo test test-slow test-gpu lint bench setup clean
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m "slow" --durations=15
+
+# The tests of kernels, compiled on this machine's GPU instead of interpreted.
+test-gpu: $(READY)
+	MPT_TEST_DEVICE=cuda $(PYTEST) tests/test_kernels_*.py --durations=15
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -5,14 +5,20 @@ Precedence: the `backend` argument of a call > the environment's MPT_KERNELS > `
 auto.
 """
 
+import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NoReturn
 
 import torch
+import triton
 from torch import Tensor
 
+Implementation = Literal["triton", "torch", "reference"]
+
 NAMES = ("auto", "triton", "torch", "reference")
+TRITON_ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx90a", "gfx942")
+WITH_TRITON: frozenset[str] = frozenset()  # operations that have Triton kernels
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _default = "auto"
@@ -25,17 +31,57 @@ def set_default(name: str) -> None:
     _default = name
 
 
-def choose(op: str, tensor: Tensor, override: str | None = None) -> Literal["torch", "reference"]:
-    """The implementation of `op` for a call on `tensor`. ValueError on a name that is unknown, or that `op` lacks."""
+def choose(op: str, tensor: Tensor, override: str | None = None) -> Implementation:
+    """The implementation of `op` for a call on `tensor`. ValueError on a name that is unknown, or that cannot run it."""
     source, name = "backend", override
     if name is None:
         source, name = "MPT_KERNELS", os.environ.get("MPT_KERNELS")
     if name is None:
         source, name = "kernels", _default
     _checked(name, source)
-    if name == "triton":
-        raise ValueError(f"{source} is 'triton': no Triton kernel for {op} yet (tensor on {tensor.device}); use 'auto'")
-    return "reference" if name == "reference" else "torch"
+    if name == "reference":
+        return "reference"
+    if name == "torch" or (name == "auto" and tensor.device.type != "cuda"):
+        return "torch"
+    problem = _triton_problem(op, tensor)
+    if name == "triton" and problem:
+        raise ValueError(f"{source} is 'triton', but {op} cannot run there: {problem}; use 'auto' or 'torch'")
+    return "torch" if problem else "triton"
+
+
+def _triton_problem(op: str, tensor: Tensor) -> str | None:
+    """Why the Triton kernels of `op` cannot run on a tensor; None if they can."""
+    if op not in WITH_TRITON:
+        return "it has no Triton kernel yet"
+    if tensor.dtype == torch.float64:
+        return "Triton kernels take fp16, bf16 and fp32, and this is float64"
+    if tensor.device.type == "cuda":
+        name = architecture(tensor.device)
+        return None if name in TRITON_ARCHITECTURES else f"{name} is too old or unknown; sm_80, gfx90a or later"
+    if tensor.device.type == "cpu" and interpreting():
+        return None
+    return f"the tensor is on {tensor.device}, and Triton compiles for NVIDIA and AMD GPUs"
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1): for tests."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The name under which tables of tile shapes hold a device: sm_80, sm_86 (also 8.7, 8.9 and 12.x: the same small
+    shared memory), sm_90, sm_100, gfx90a, gfx942; "interpreter" for a CPU; another name for what has no table.
+    """
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    major, minor = properties.major, properties.minor
+    if major == 12 or (major == 8 and minor):
+        return "sm_86"
+    return f"sm_{major}0" if major >= 8 else f"sm_{major}{minor}"
 
 
 def _checked(name: str, source: str) -> None:

@@ -39,10 +39,16 @@ def test_a_bad_name_says_where_it_came_from(monkeypatch: pytest.MonkeyPatch):
         kernels.layer_norm(X, X[0])
 
 
-def test_triton_is_refused_until_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch):
+def test_what_triton_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MPT_KERNELS", "triton")
-    with pytest.raises(ValueError, match=r"no Triton kernel for layer_norm yet"):
-        kernels.layer_norm(X, X[0])
+    with pytest.raises(ValueError, match=r"MPT_KERNELS is 'triton', but nothing cannot run there: it has no Triton"):
+        backend.choose("nothing", X)
+    monkeypatch.setattr(backend, "WITH_TRITON", frozenset({"layer_norm"}))
+    with pytest.raises(ValueError, match=r"this is float64"):
+        backend.choose("layer_norm", X.double())
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
+    with pytest.raises(ValueError, match=r"the tensor is on meta, and Triton compiles for NVIDIA and AMD GPUs"):
+        backend.choose("layer_norm", X.to("meta"))
 
 
 def test_the_environment_reaches_every_operation(monkeypatch: pytest.MonkeyPatch):

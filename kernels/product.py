@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 _LEAST = 2**21  # multiplications below which the call's overhead decides
-_TERMS = (1024, 8192)  # between these oneDNN sums terms one by one: summed in parts, the rounding error stays MKL's
-_PART = 768
+# oneDNN sums the terms one by one: summed in parts, the rounding error stays MKL's. The more terms there are, the
+# larger both errors, and the larger the parts may be.
+_PART, _LARGE_PART, _MANY = 384, 768, 4096
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -21,9 +22,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype != torch.float32 or m * n * k < _LEAST or not _onednn(a):
         return torch.mm(a, b.mT)
     linear = torch.ops.mkldnn._linear_pointwise
-    if not _TERMS[0] < k < _TERMS[1]:
-        return linear(_dense(a), _dense(b), None, "none", [], "")
-    step = -(-k // -(-k // _PART))
+    step = -(-k // -(-k // (_PART if k < _MANY else _LARGE_PART)))
     out = linear(_dense(a[:, :step]), _dense(b[:, :step]), None, "none", [], "")
     for i in range(step, k, step):
         out = linear.binary(_dense(a[:, i : i + step]), out, _dense(b[:, i : i + step]), None, "add")

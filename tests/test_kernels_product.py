@@ -7,7 +7,9 @@ from tolerance import Row, hold
 from kernels.product import product
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 7, 3), (65, 129, 33), (128, 640, 96), (130, 2500, 70), (40, 9000, 33)])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 7, 3), (65, 129, 33), (128, 640, 96), (130, 2500, 70), (40, 9000, 33), (9, 600, 7001)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
 def test_product_is_as_exact_as_torch(m: int, k: int, n: int, dtype: torch.dtype, layout: str) -> None:

@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python scripts/demo_corpus.py --out data/demo
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 train.py yaml/mpt-tiny.yaml
-	$(BIN)/python scripts/check_export.py runs/mpt-tiny/export
+	$(BIN)/python scripts/check_run.py runs/mpt-tiny
 
 test: $(READY)
 	$(PYTEST) -m "not slow" --durations=15
@@ -41,6 +41,8 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_train.py
 	$(BIN)/python scripts/bench_data.py
 	$(BIN)/python scripts/bench_checkpoint.py
+	$(BIN)/python scripts/demo_corpus.py --out data/demo
+	$(BIN)/python scripts/bench_overhead.py
 
 clean:
 	rm -rf .venv runs data/demo

@@ -149,6 +149,7 @@ def unsupported_by_transformers(config: MptConfig) -> list[str]:
         "attn_config.qk_ln": (attn.qk_ln, False),
         "attn_config.prefix_lm": (attn.prefix_lm, False),
         "attn_config.attn_uses_sequence_id": (attn.attn_uses_sequence_id, False),
+        "attn_config.attn_pdrop": (attn.attn_pdrop, 0.0),
         "expansion_ratio": (config.expansion_ratio, 4.0),
         "logit_scale": (config.logit_scale, None),
         "no_bias": (config.no_bias, True),

@@ -318,6 +318,11 @@ class MptConfig:
         self._check_kv_heads()
         self._check_token_ids()
 
+    @property
+    def learned_positions(self) -> bool:
+        """Whether the model has embeddings of positions (wpe), which end at max_seq_len."""
+        return self.learned_pos_emb and not self.attn_config.alibi
+
     def _check_kv_heads(self) -> None:
         kind, given = self.attn_config.attn_type, self.attn_config.kv_n_heads
         if kind == "grouped_query_attention":
@@ -435,7 +440,7 @@ def parameter_shapes(config: MptConfig) -> dict[str, tuple[int, ...]]:
 
     linear_bias = not config.no_bias
     add("transformer.wte", (config.vocab_size, d), False)
-    if config.learned_pos_emb and not config.attn_config.alibi:
+    if config.learned_positions:
         add("transformer.wpe", (config.max_seq_len, d), False)
     for i in range(config.n_layers):
         block = f"transformer.blocks.{i}."

@@ -228,15 +228,14 @@ class MptModel(MptPreTrainedModel):
     def __init__(self, config: MptConfig) -> None:
         super().__init__(config)
         device = building_device(config)
-        learned = config.learned_pos_emb and not config.attn_config.alibi
-        if not (learned or config.attn_config.alibi):
+        if not (config.learned_positions or config.attn_config.alibi):
             warnings.warn(
                 "attn_config.alibi and learned_pos_emb are both False: the model has no notion of positions",
                 stacklevel=2,
             )
         with torch.device("meta"):
             self.wte = nn.Embedding(config.vocab_size, config.d_model)
-            self.wpe = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
+            self.wpe = nn.Embedding(config.max_seq_len, config.d_model) if config.learned_positions else None
             self.blocks = nn.ModuleList(MptBlock(config) for _ in range(config.n_layers))
             self.norm_f = MptNorm(config.d_model, config)
         self._slopes: dict[torch.device, Tensor] = {}  # ALiBi's slopes by device: no buffer, so no key in a checkpoint

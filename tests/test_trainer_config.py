@@ -7,12 +7,13 @@ import os
 
 import pytest
 import torch
-from data_files import edit_manifest, write_shards
+from data_files import edit_manifest, write_shards, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import yamlfile
 from trainer.config import TrainConfig, config_to_yaml, load_config, validate
+from trainer.data import file_sha256
 from trainer.errors import InputError
 
 RECIPE = """\
@@ -376,15 +377,42 @@ def test_a_micro_batch_is_no_larger_than_a_ranks_share(recipe):
 
 def test_the_tokenizer_has_to_be_the_shards(recipe, tmp_path):
     path = recipe()
-    (tmp_path / "tokenizer.json").write_text("{}")
-    argument = f"tokenizer.name={tmp_path / 'tokenizer.json'}"
+    write_tokenizer(tmp_path / "other", vocab_size=100)
+    tokenizer = tmp_path / "other" / "tokenizer.json"
+    argument = f"tokenizer.name={tokenizer}"
     assert "were made with a tokenizer of SHA-256" in error(validate, load_config(path, [argument]), 1)
-    import hashlib
-
-    digest = hashlib.sha256(b"{}").hexdigest()
+    digest = file_sha256(tokenizer)
     edit_manifest(tmp_path / "data", lambda manifest: manifest["tokenizer"].update(sha256=digest))
     resolved = validate(load_config(path, [argument]), 1)
-    assert resolved.tokenizer_sha256 == digest and resolved.tokenizer_path == tmp_path / "tokenizer.json"
+    assert resolved.tokenizer_sha256 == digest and resolved.tokenizer_path == tokenizer
+    tokenizer.write_text("{}")
+    assert_matches(error(validate, load_config(path, [argument]), 1), r"tokenizer.json: the tokenizers library cannot")
+
+
+def test_the_copy_beside_the_shards_has_to_be_whole(recipe, tmp_path):
+    """It is needed at the end of a run only: too late to learn that it is damaged."""
+    path, beside = recipe(), tmp_path / "data" / "tokenizer.json"
+    write_tokenizer(tmp_path / "data", vocab_size=100)
+    digest = file_sha256(beside)
+    edit_manifest(tmp_path / "data", lambda manifest: manifest["tokenizer"].update(sha256=digest))
+    assert validate(load_config(path), 1).tokenizer_path == beside
+    beside.write_text(beside.read_text()[:-100])
+    assert_matches(error(validate, load_config(path), 1), r"tokenizer.json is not the tokenizer that the shards")
+    edit_manifest(tmp_path / "data", lambda manifest: manifest["tokenizer"].update(file="../tokenizer.json"))
+    assert_matches(error(validate, load_config(path), 1), r"tokenizer.file is '../tokenizer.json'")
+
+
+def test_a_sample_prompt_has_to_fit_learned_positions(recipe, tmp_path):
+    path = recipe()
+    write_tokenizer(tmp_path / "data", vocab_size=100)
+    digest = file_sha256(tmp_path / "data" / "tokenizer.json")
+    edit_manifest(tmp_path / "data", lambda manifest: manifest["tokenizer"].update(sha256=digest))
+    prompt = f"sample_prompt={'word ' * 60}"
+    validate(load_config(path, [prompt]), 1)
+    learned = load_config(path, [prompt, "model.attn_config.alibi=false"])
+    assert_matches(
+        error(validate, learned, 1), r"sample_prompt has \d+ tokens; learned positions end at max_seq_len=16"
+    )
 
 
 def test_a_hub_tokenizer_needs_no_network(recipe, monkeypatch, tmp_path):
@@ -394,6 +422,7 @@ def test_a_hub_tokenizer_needs_no_network(recipe, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: pytest.fail("went to the network"))
     resolved = validate(load_config(recipe(), ["tokenizer.name=somebody/some-tokenizer"]), 1)
     assert resolved.tokenizer_sha256 == "0" * 64
+    assert any("tokenizer.name=somebody/some-tokenizer is not in the local cache" in note for note in resolved.notes)
     assert "neither a file" in error(validate, load_config(recipe(), ["tokenizer.name=a/b/c d"]), 1)
 
 

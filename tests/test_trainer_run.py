@@ -16,6 +16,7 @@ import torch
 from data_files import write_shards, write_tokenizer
 from launch import ROOT, environment, launch
 
+from scripts import check_run
 from trainer import InputError, load_config, run
 
 # `import trainer.run` would give the function of that name.
@@ -109,6 +110,14 @@ def assert_same_history(a: Path, b: Path) -> None:
     }
 
 
+def lines(folder: Path, until: int) -> list[str]:
+    """The training rows of steps 1..until as they stand in metrics.jsonl, measured times included: a step that was
+    computed again has other ones.
+    """
+    text = (folder / "metrics.jsonl").read_text().splitlines()
+    return [line for line in text if "loss" in (row := json.loads(line)) and row["step"] <= until]
+
+
 def cut(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """SIGTERM once `step` is done, in this process."""
     report = run_module.Loop._report
@@ -159,6 +168,16 @@ def test_a_run_learns_and_leaves_its_results(whole: Path) -> None:
     )
 
 
+def test_check_run_judges_loss_and_export(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_run.main([str(whole), "--margin=-5"]) == 0
+    assert "learned" in capsys.readouterr().out
+    assert check_run.main([str(whole), "--margin", "2"]) == 1
+    assert "DID NOT LEARN" in capsys.readouterr().out
+    assert check_run.main([str(whole), "--margin=-5", "--tolerance", "0"]) == 1
+    assert "DIFFERENT" in capsys.readouterr().out
+    assert check_run.main([str(tmp_path)]) == 2
+
+
 def test_evaluation_is_the_mean_over_every_validation_token(whole: Path, data: Path) -> None:
     from mpt import MptForCausalLM
 
@@ -181,7 +200,10 @@ def test_cut_at_any_step_and_resumed_it_is_the_same_run(
         cut(m, step)
         assert run(same) == 143
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step-{step}"
+    before = lines(tmp_path / "run", step)
+    assert len(before) == step
     assert run(same) == 0
+    assert lines(tmp_path / "run", step) == before, "it began again instead of going on"
     assert_same_state(tmp_path / "run", whole)
     assert_same_history(tmp_path / "run", whole)
     assert run(config) == 0, "a finished run, started again with another micro-batch, has nothing left to do"
@@ -190,11 +212,14 @@ def test_cut_at_any_step_and_resumed_it_is_the_same_run(
 
 @pytest.fixture(scope="module")
 def ranks(recipe: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two ranks, one launch: 20 steps without dropout, the toy run, and the toy run cut by SIGTERM and resumed."""
+    """Two ranks, one launch: 20 steps without dropout, the toy run, and the toy run cut by SIGTERM at two steps and
+    resumed each time.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     names = {name: folder / name for name in ("long", "every", "replicated", "whole", "cut")}
     base = {"recipe": str(recipe)}
-    term = {"signal": int(signal.SIGTERM), "after": 5, "on_rank": 1}
+    term = {"signal": int(signal.SIGTERM), "on_rank": 1}
+    cut = {**base, "overrides": [f"save_folder={names['cut']}"]}
     codes = launch(
         2,
         [
@@ -202,12 +227,13 @@ def ranks(recipe: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
             {**base, "overrides": [*LONG, f"save_folder={names['every']}", "fsdp_config.reduce_every_microbatch=true"]},
             {**base, "overrides": [*LONG, f"save_folder={names['replicated']}", "fsdp_config.replicate=2"]},
             {**base, "overrides": [f"save_folder={names['whole']}"]},
-            {**base, "overrides": [f"save_folder={names['cut']}"], **term},
-            {**base, "overrides": [f"save_folder={names['cut']}"]},
+            {**cut, **term, "after": 5},
+            {**cut, **term, "after": 9},
+            cut,
         ],
         folder / "workers",
     )
-    assert codes == [[0, 0, 0, 0, 143, 0]] * 2
+    assert codes == [[0, 0, 0, 0, 143, 143, 0]] * 2
     return names
 
 
@@ -227,17 +253,25 @@ def test_two_ranks_follow_the_curve_of_one(recipe: Path, ranks: dict[str, Path],
 
 
 def test_two_ranks_stop_at_the_same_step_and_resume_bit_for_bit(ranks: dict[str, Path]) -> None:
-    assert (ranks["cut"] / "checkpoints" / "step-5").is_dir()
+    for step in (5, 9):
+        assert (ranks["cut"] / "checkpoints" / f"step-{step}").is_dir()
+    log = (ranks["cut"].parent / "workers" / "log-0.txt").read_text()
+    assert [f"resuming after step {step} of 12" in log for step in (4, 5, 9)] == [False, True, True]
     assert_same_state(ranks["cut"], ranks["whole"])
     assert_same_history(ranks["cut"], ranks["whole"])
 
 
 @pytest.mark.parametrize("step", [5, pytest.param(9, marks=pytest.mark.slow)])
 def test_killed_two_ranks_resume_bit_for_bit(step: int, recipe: Path, ranks: dict[str, Path], tmp_path: Path) -> None:
-    item = {"recipe": str(recipe), "overrides": [f"save_folder={tmp_path / 'run'}"]}
+    # Saved before the loop goes on, so that it is known where the second run begins.
+    item = {"recipe": str(recipe), "overrides": [f"save_folder={tmp_path / 'run'}", "save_async=false"]}
     kill = {"signal": int(signal.SIGKILL), "after": step, "on_rank": 1}
     assert launch(2, [{**item, **kill}], tmp_path / "first")[1] == []
+    last = step // 4 * 4
+    before = lines(tmp_path / "run", last)
+    assert len(before) == last
     assert launch(2, [item], tmp_path / "second") == [[0], [0]]
+    assert lines(tmp_path / "run", last) == before, "it began again instead of going on"
     assert_same_state(tmp_path / "run", ranks["whole"])
     assert_same_history(tmp_path / "run", ranks["whole"])
 
@@ -251,8 +285,11 @@ def test_two_then_one_then_four_ranks(recipe: Path, tmp_path: Path) -> None:
     assert run(load_config(recipe, [*LONG, f"save_folder={reference}"])) == 0
     term = {"signal": int(signal.SIGTERM)}
     assert launch(2, [{**item, **term, "after": 6}], tmp_path / "w2") == [[143], [143]]
+    six = lines(folder, 6)
     assert launch(1, [{**item, **term, "after": 13}], tmp_path / "w1") == [[143]]
+    thirteen = lines(folder, 13)
     assert launch(4, [item, overrides], tmp_path / "w4") == [[0, 0]] * 4
+    assert lines(folder, 13) == thirteen and thirteen[:6] == six, "it began again instead of going on"
     for other in (folder, tmp_path / "four"):
         for step, row in rows(reference).items():
             assert rows(other)[step]["loss"] == pytest.approx(row["loss"], abs=1e-5), f"step {step}"
@@ -277,8 +314,10 @@ def test_torchrun_stops_on_a_signal_and_resumes(how: int, recipe: Path, whole: P
         process.wait(60)
     step = int((folder / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
     assert step >= 3 and max(rows(folder)) == step
+    before = lines(folder, step)
     done = subprocess.run([*command[:-3], f"max_duration={step + 2}ba", "export=false"], cwd=ROOT, env=environment())
     assert done.returncode == 0
+    assert lines(folder, step) == before, "it began again instead of going on"
     assert list(rows(folder)) == list(range(1, step + 3))
 
 
@@ -319,6 +358,7 @@ def test_durations_intervals_loggers_and_micro_batch_may_change(recipe: Path, wh
     changed = ["max_duration=5ba", "eval_interval=1ba", "save_interval=1ba", "device_train_microbatch_size=8"]
     assert run(load_config(recipe, [f"save_folder={folder}", "export=false", "log_interval=2", *changed])) == 0
     assert list(rows(folder)) == [1, 2, 3, 4, 5]
+    assert list(rows(folder, "eval_loss")) == [3, 4, 5], "one row an evaluation, also where the first run ended"
 
 
 def test_a_non_finite_step_never_reaches_the_weights(
@@ -377,7 +417,9 @@ def test_lion_resumes_bit_for_bit(name: str, recipe: Path, tmp_path: Path, monke
     with monkeypatch.context() as m:
         cut(m, 3)
         assert run(config) == 143
+    before = lines(tmp_path / "cut", 3)
     assert run(config) == 0
+    assert lines(tmp_path / "cut", 3) == before
     assert_same_state(tmp_path / "cut", tmp_path / "whole", step=6)
 
 
@@ -419,8 +461,11 @@ def test_torchrun_restarts_after_a_killed_process(recipe: Path, whole: Path, tmp
             time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         workers = [int(c) for c in children if b"train.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        last = int((folder / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+        before = lines(folder, last)
         os.kill(workers[-1], signal.SIGKILL)
         assert process.wait(180) == 0
+    assert lines(folder, last) == before, "it began again instead of going on"
     assert list(rows(folder)) == list(range(1, 401))
 
 
@@ -439,7 +484,9 @@ def test_a_signal_during_the_last_evaluation_loses_nothing(
         assert run(config) == 143
     assert not rows(tmp_path, "eval_loss")
     assert_same_state(tmp_path, whole)
-    assert run(config) == 0
+    for _ in range(2):
+        assert run(config) == 0
+        assert rows(tmp_path, "eval_loss")[12]["eval_loss"] == rows(whole, "eval_loss")[12]["eval_loss"]
 
 
 def test_a_stop_that_cannot_save_says_so(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,7 @@ def load_weights(path: Path | str, model: nn.Module) -> None:
     Raises InputError if there is none, if it is damaged, or, with a table, if names or shapes are not the model's.
     """
     path = Path(path)
-    if _is_hugging_face(path):
+    if is_hugging_face(path):
         _agree(None, lambda: _as_input_error(mpt.checkpoint.load_hf, model, path))
         return
     found = find(path)
@@ -352,7 +352,7 @@ def describe(path: Path | str) -> dict[str, Shape]:
     Raises InputError if there is no checkpoint at `path`, or if its manifest or index is damaged.
     """
     path = Path(path)
-    if _is_hugging_face(path):
+    if is_hugging_face(path):
         stored = _as_input_error(mpt.checkpoint.stored_tensors, path)
         # Of a model without head, names lack the prefix.
         return {
@@ -449,7 +449,8 @@ def _verified(path: Path, group: dist.ProcessGroup | None) -> tuple[Manifest, Me
     return found[0]
 
 
-def _is_hugging_face(path: Path) -> bool:
+def is_hugging_face(path: Path) -> bool:
+    """Whether a folder holds weights as Hugging Face's libraries save them, not as this program does."""
     return path.is_dir() and any(any(path.glob(pattern)) for pattern in ("*.safetensors*", "pytorch_model*.bin*"))
 
 

@@ -19,6 +19,7 @@ from mpt.config import parameter_shapes
 from trainer import foundry, yamlfile
 from trainer.checkpoint import compare_shapes, describe
 from trainer.data import LoaderConfig, TokenBatches, file_sha256, find_tokenizer, open_loader, read_manifest
+from trainer.data.tokenizer import open_tokenizer
 from trainer.duration import Duration, parse
 from trainer.errors import InputError
 from trainer.loggers import LoggersConfig
@@ -145,7 +146,7 @@ class Resolved:
     tokens_per_step: input tokens over all ranks. micro_batch: sequences per forward on a rank, `accumulation` forwards
     per step. warmup_steps, decay_steps: of the schedule, decay counted from step 0. eval_every, save_every: in steps;
     0: only at the end. skip_nonfinite: bad batches that may be left out. tokenizer_path: the tokenizer.json; None if
-    unknown. device_bytes: memory of this rank's GPU; None on a CPU.
+    unknown. device_bytes: memory of this rank's GPU; None on a CPU. notes: what a reader of the plan should know.
     """
 
     model_config: MptConfig
@@ -164,6 +165,7 @@ class Resolved:
     tokenizer_path: Path | None
     tokenizer_sha256: str | None
     device_bytes: int | None
+    notes: tuple[str, ...] = ()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -230,8 +232,10 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
     tokens_per_step = config.global_train_batch_size * config.max_seq_len
 
     tokenizer_path = tokenizer_sha256 = data = None
+    notes: list[str] = []
     if open_data:
-        tokenizer_path, tokenizer_sha256 = _find_tokenizer(config)
+        tokenizer_path, tokenizer_sha256 = _find_tokenizer(config, notes)
+        _check_sample_prompt(config, model_config, tokenizer_path)
         data = open_run_data(config, model_config, tokenizer_sha256, training=True)
         if config.eval_loader is not None:
             open_run_data(config, model_config, tokenizer_sha256, training=False)
@@ -261,6 +265,7 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
         tokenizer_path=tokenizer_path,
         tokenizer_sha256=tokenizer_sha256,
         device_bytes=_device_bytes(config),
+        notes=tuple(notes),
     )
 
 
@@ -388,10 +393,12 @@ def _device_bytes(config: TrainConfig) -> int | None:
     return torch.cuda.get_device_properties(index).total_memory // 2**30 * 2**30
 
 
-def _find_tokenizer(config: TrainConfig) -> tuple[Path | None, str | None]:
-    """The tokenizer.json of the run and its SHA-256: the named one, else the copy beside the training shards.
+def _find_tokenizer(config: TrainConfig, notes: list[str]) -> tuple[Path | None, str | None]:
+    """The tokenizer.json of the run, which can be read, and its SHA-256: the named one, else the copy beside the
+    training shards.
 
-    A hub name is looked up in the local cache only: training needs no network, and the shards carry the tokenizer.
+    A hub name is looked up in the local cache only: training needs no network, and the shards carry the tokenizer. One
+    that is not there could not be compared with the shards', which `notes` says then.
     """
     name = config.tokenizer.name
     if name is not None:
@@ -401,6 +408,7 @@ def _find_tokenizer(config: TrainConfig) -> tuple[Path | None, str | None]:
         else:
             path = _cached_tokenizer(name)
         if path is not None:
+            open_tokenizer(path)
             return path, file_sha256(path)
     dataset = config.train_loader.dataset
     folder = dataset.mix[0].local if dataset.mix else dataset.local
@@ -408,7 +416,27 @@ def _find_tokenizer(config: TrainConfig) -> tuple[Path | None, str | None]:
         return None, None
     manifest = read_manifest(folder)
     beside = manifest.folder / manifest.tokenizer_file
-    return beside if beside.is_file() else None, manifest.tokenizer_sha256
+    if name is not None:
+        notes.append(f"tokenizer.name={name} is not in the local cache, so it was not compared with the shards'")
+    if not beside.is_file():
+        return None, manifest.tokenizer_sha256
+    if file_sha256(beside) != manifest.tokenizer_sha256:
+        raise InputError(
+            f"{beside} is not the tokenizer that the shards beside it were made with (its SHA-256 is not the "
+            "manifest's): copy the folder again, or prepare the data again"
+        )
+    open_tokenizer(beside)
+    return beside, manifest.tokenizer_sha256
+
+
+def _check_sample_prompt(config: TrainConfig, model_config: MptConfig, tokenizer_path: Path | None) -> None:
+    if config.sample_prompt and tokenizer_path is not None and model_config.learned_positions:
+        tokens = len(open_tokenizer(tokenizer_path).encode(config.sample_prompt).ids)
+        if tokens > config.max_seq_len:
+            raise InputError(
+                f"sample_prompt has {tokens} tokens; learned positions end at max_seq_len={config.max_seq_len}: "
+                "shorten it"
+            )
 
 
 def _cached_tokenizer(name: str) -> Path | None:

@@ -322,6 +322,7 @@ def _fsdp(t: _Translation) -> tuple[dict[str, Any], str]:
         raise t.error((*place, "mixed_precision"), f"{mixed} is not supported; expected PURE, DEFAULT or FULL")
     if mixed == "PURE" and t.at(("precision",)) != "fp32":
         out.setdefault("reduce_dtype", "bf16")
+    out.setdefault("reduce_every_microbatch", True)  # as their trainer does: a large model's sums fit no other way
     recompute = fsdp.pop("activation_checkpointing", False)
     if not isinstance(recompute, bool):
         raise t.error((*place, "activation_checkpointing"), f"expected true or false, found {recompute!r}")

@@ -115,6 +115,8 @@ class Loggers:
         self._console = _Terminal(console or Console(), bar=config.progress, done=resume_step, total=total_steps)
         self._eta = _Eta(resume_step, total_steps)
         self._file = _open_metrics(run_folder / "metrics.jsonl", resume_step, self.message)
+        kept = History.read(run_folder / "metrics.jsonl", resume_step)
+        self._evaluated = {step for step, _ in kept.validation}
         self._background = []
         if config.wandb is not None:
             wandb = _Wandb(config.wandb, run_folder, run_name, run_config, resume_step, self._console.print)
@@ -134,7 +136,9 @@ class Loggers:
         self._record(values, "train")
 
     def evaluation(self, row: Row) -> None:
-        """Report an evaluation: a row of EVAL_COLUMNS."""
+        """Report an evaluation: a row of EVAL_COLUMNS. One of a step that metrics.jsonl holds already is printed only:
+        a run that goes on from a checkpoint may have to repeat it.
+        """
         if not self._active:
             return
         values = _checked(row, EVAL_COLUMNS)
@@ -142,7 +146,9 @@ class Loggers:
             f"step {values['step']}/{self._total_steps}  validation loss {_fixed(values['eval_loss'], '.4f')} nats  "
             f"perplexity {_fixed(values['eval_perplexity'], ',.2f')}"
         )
-        self._record(values, "eval")
+        if values["step"] not in self._evaluated:
+            self._evaluated.add(int(values["step"] or 0))
+            self._record(values, "eval")
 
     def message(self, text: str) -> None:
         """Print a line or several."""

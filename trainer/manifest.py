@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} is missing") from None
     except OSError as e:
-        raise DamagedCheckpoint(f"{path} cannot be read ({e.strerror})") from None
+        raise _unreadable(path, e) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedCheckpoint(f"{path} is altered or truncated") from None
     if kind != FORMAT:
@@ -134,6 +134,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _unreadable(path: Path, error: OSError) -> InputError:
+    """Not a DamagedCheckpoint: a file system that fails now may give a good file later, so nothing goes back a step."""
+    return InputError(
+        f"{path} cannot be read ({error.strerror}); nothing was changed: try again once it can, "
+        f"or move {path.parent} away to go on from the checkpoint before it"
+    )
+
+
 def file_entry(path: Path) -> dict[str, Any]:
     """A file's line in the manifest: {"bytes": size, "sha256": hex digest}."""
     with path.open("rb") as f:
@@ -156,7 +164,7 @@ def check_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int =
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{path} is missing") from None
         except OSError as e:
-            raise DamagedCheckpoint(f"{path} cannot be read ({e.strerror})") from None
+            raise _unreadable(path, e) from None
 
 
 def read_index(folder: Path, manifest: Manifest) -> dcp_metadata.Metadata:

@@ -93,6 +93,7 @@ def plan(config: "TrainConfig", resolved: "Resolved", world_size: int) -> Plan:
 
 
 def _notes(config: "TrainConfig", resolved: "Resolved", device_bytes: int) -> Iterator[str]:
+    yield from resolved.notes
     if resolved.warmup_steps >= min(resolved.steps, resolved.decay_steps):
         yield f"scheduler.t_warmup={config.scheduler.t_warmup} covers the whole run: optimizer.lr is not reached"
     if resolved.device_bytes is not None and device_bytes > resolved.device_bytes:

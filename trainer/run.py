@@ -22,8 +22,9 @@ from mpt.initialize import init_weights
 from trainer.checkpoint import Checkpointer, export_hf, load_weights
 from trainer.config import Resolved, TrainConfig, config_to_yaml, open_run_data, validate
 from trainer.data import Prefetcher, TokenBatches, unigram_entropy
-from trainer.data.tokenizer import settings_files
+from trainer.data.tokenizer import open_tokenizer, settings_files
 from trainer.errors import InputError
+from trainer.history import replace_file
 from trainer.loggers import Loggers
 from trainer.manifest import list_steps
 from trainer.metrics import StepTimer, flops_per_token, memory_gib, peak_flops, profiler
@@ -147,8 +148,10 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
         if code == 0:
             _finish(loop)
     finally:
-        checkpointer.close()
-        loggers.close(loop.summary())
+        try:
+            checkpointer.close()
+        finally:
+            loggers.close(loop.summary())
     return code
 
 
@@ -177,10 +180,14 @@ def _fingerprint(config: TrainConfig, resolved: Resolved, data: TokenBatches) ->
 
 def _open_loggers(config: TrainConfig, resolved: Resolved, state: TrainState, world: World) -> Loggers:
     text = config_to_yaml(config)
+    error: Exception | None = None
     if world.rank == 0:
-        temporary = resolved.run_folder / "config.yaml.tmp"
-        temporary.write_text(text)
-        temporary.replace(resolved.run_folder / "config.yaml")
+        path = resolved.run_folder / "config.yaml"
+        try:
+            replace_file(path, text.encode())
+        except OSError as e:
+            error = InputError(f"{path} cannot be written ({e.strerror}); make room, or choose another save_folder")
+    world.agree(error)
     return Loggers(
         config.loggers,
         resolved.run_folder,
@@ -437,8 +444,7 @@ class Loop:
         loss = loss_sum / max(tokens, 1.0)
         self.last_eval = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
         self.state.evaluated = self.state.step
-        if self.first_step < self.resolved.steps:  # else its row is there already
-            self.loggers.evaluation({"step": self.state.step, "tokens": self.state.tokens, **self.last_eval})
+        self.loggers.evaluation({"step": self.state.step, "tokens": self.state.tokens, **self.last_eval})
         self.model.train()
         self.timer.skip()
 
@@ -491,11 +497,6 @@ def _finish(loop: Loop) -> None:
             f"validation loss {loop.last_eval['eval_loss']:.4f} nats per token; "
             f"unigram entropy of the validation split {loop.unigram_entropy:.4f} nats"
         )
-    if resolved.tokenizer_path is not None:
-        text = _sample(loop, resolved.tokenizer_path)
-        loop.loggers.message(f"a sample:\n{text}")
-        if loop.world.rank == 0:
-            (folder / "sample.txt").write_text(text + "\n")
     if config.export:
         tokenizer = resolved.tokenizer_path
         tokenizer_files = [tokenizer, *settings_files(tokenizer)] if tokenizer is not None else []
@@ -504,19 +505,26 @@ def _finish(loop: Loop) -> None:
             model_config.eos_token_id = loop.eos_id
         export_hf(loop.model, model_config, folder / "export", tokenizer_files=tokenizer_files)
         loop.loggers.message(f"exported for transformers: {folder / 'export'}")
+    if resolved.tokenizer_path is not None:
+        text = _sample(loop, resolved.tokenizer_path)
+        loop.loggers.message(f"a sample:\n{text}")
+        if loop.world.rank == 0:
+            try:
+                replace_file(folder / "sample.txt", (text + "\n").encode())
+            except OSError as e:
+                loop.loggers.message(f"warning: {folder / 'sample.txt'} could not be written ({e.strerror})")
 
 
 def _sample(loop: Loop, tokenizer_path: Path) -> str:
     """The model's own continuation of `sample_prompt`, or of an EOS. Collective: a sharded forward needs every rank."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    prompt = loop.config.sample_prompt
-    ids = tokenizer.encode(prompt).ids if prompt else [loop.eos_id]
+    tokenizer = open_tokenizer(tokenizer_path)
+    ids = tokenizer.encode(loop.config.sample_prompt or "").ids or [loop.eos_id]
+    model_config = loop.resolved.model_config
+    room = model_config.max_seq_len - len(ids) + 1 if model_config.learned_positions else SAMPLE_TOKENS
     loop.model.eval()
     out = loop.model.generate(
         torch.tensor([ids], device=loop.world.device),
-        max_new_tokens=SAMPLE_TOKENS,
+        max_new_tokens=min(SAMPLE_TOKENS, room),
         do_sample=True,
         top_k=50,
         eos_token_id=loop.eos_id,

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from trainer.data.shards import DTYPES
 from trainer.data.sources import Document, Piece, Reading, read_piece
+from trainer.data.tokenizer import open_tokenizer
 from trainer.errors import InputError
 
 BATCH_CHARS = 1 << 18
@@ -36,10 +37,7 @@ class Encoding:
 
 @lru_cache(maxsize=1)
 def load_tokenizer(path: str, sha256: str) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(path)
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path}: the tokenizers library cannot read it ({error})") from None
+    tokenizer = open_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

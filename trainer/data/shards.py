@@ -84,10 +84,16 @@ def read_manifest(folder: str | Path) -> Manifest:
         dtype=dtype,
         eos_id=_field(path, data, "eos_id", int),
         tokenizer_sha256=_field(path, tokenizer, "sha256", str, "tokenizer."),
-        tokenizer_file=_field(path, tokenizer, "file", str, "tokenizer."),
+        tokenizer_file=_plain_name(path, _field(path, tokenizer, "file", str, "tokenizer.")),
         vocab_size=_field(path, tokenizer, "vocab_size", int, "tokenizer."),
         splits={name: _shards(path, name, _field(path, splits, name, list, "splits."), dtype) for name in splits},
     )
+
+
+def _plain_name(path: Path, name: str) -> str:
+    if Path(name).name != name or name in ("", "."):
+        raise InputError(f"{path}: tokenizer.file is {name!r}, which is no file name of this folder; {REMEDY}")
+    return name
 
 
 def _no_manifest(folder: Path) -> str:

@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from trainer.errors import InputError
 
 TOKENIZER = "tokenizer.json"
@@ -50,6 +52,14 @@ def _from_hub(name: str) -> Path:
         except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
             continue  # optional: many repositories have only one of the two
     return path
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json; InputError where the tokenizers library cannot read it."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{path}: the tokenizers library cannot read it ({error}); give a whole file") from None
 
 
 def settings_files(tokenizer: Path) -> list[Path]:

@@ -18,7 +18,7 @@ Implementation = Literal["triton", "torch", "reference"]
 
 NAMES = ("auto", "triton", "torch", "reference")
 TRITON_ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx90a", "gfx942")
-WITH_TRITON: frozenset[str] = frozenset()  # operations that have Triton kernels
+WITH_TRITON = frozenset({"layer_norm", "rms_norm", "lion_step"})  # operations that have Triton kernels
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _default = "auto"
@@ -128,6 +128,11 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which the operations on this tensor's device keep the dtypes that they are given."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which kernels launch on this tensor's device, whichever is the current one."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

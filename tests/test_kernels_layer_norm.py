@@ -105,12 +105,12 @@ def test_either_output_alone(use: str, backend: str):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("view", ["every other element", "part of each row"])
-@pytest.mark.parametrize("shape", [(), (24,)])
+@pytest.mark.parametrize("shape", [(), (120,)])
 def test_expanded_gradients_and_strided_inputs(shape: tuple[int, ...], view: str, backend: str):
     """As the gradient of a sum is, and as q is within Wqkv's output."""
-    gradient = torch.randn(shape).expand(4, 60, 24)
-    base, w, r = torch.randn(60, 4, 48).transpose(0, 1), torch.randn(48)[::2], torch.randn(60, 4, 24).transpose(0, 1)
-    x = base[..., ::2] if view == "every other element" else base[..., 24:]
+    gradient = torch.randn(shape).expand(4, 15, 120)
+    base, w, r = torch.randn(15, 4, 240).transpose(0, 1), torch.randn(240)[::2], torch.randn(15, 4, 120).transpose(0, 1)
+    x = base[..., ::2] if view == "every other element" else base[..., 120:]
     for name in ("layer_norm", "rms_norm"):
         for residual in ([], [r]):
             plain = getattr(reference, name)

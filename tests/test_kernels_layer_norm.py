@@ -1,4 +1,6 @@
-"""LayerNorm and RMSNorm: the error rule, the residual, fp32 statistics, the boundary with autograd."""
+"""LayerNorm and RMSNorm on plain torch and in Triton: the error rule, the residual, fp32 statistics, the boundary with
+autograd.
+"""
 
 from functools import partial
 
@@ -11,6 +13,12 @@ import kernels
 from kernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = ["torch", "triton"]
+# In the interpreter rows of up to 128 elements are one block, several rows a tile, and longer ones are wide.
+SHAPES = {
+    "torch": [(1, 17), (3, 127, 64), (2, 129, 80), (300, 768), (5,)],
+    "triton": [(1, 17), (2, 129, 80), (5,), (35, 300)],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -21,32 +29,37 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def with_residual(function, *weights: Tensor | None):
+def with_residual(function):
     return lambda x, residual, *w: function(x, *w, residual=residual)
 
 
+def ours(name: str, backend: str):
+    return partial(getattr(kernels, name), backend=backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 17), (3, 127, 64), (2, 129, 80), (300, 768), (5,)])
+@pytest.mark.parametrize("backend, shape", [(b, shape) for b in BACKENDS for shape in SHAPES[b]])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("norm", ["layer_norm", "layer_norm with bias", "rms_norm"])
-def test_outputs_and_gradients(norm: str, residual: bool, shape: tuple[int, ...], dtype: torch.dtype):
+def test_outputs_and_gradients(norm: str, residual: bool, backend: str, shape: tuple[int, ...], dtype: torch.dtype):
     name, d = norm.split()[0], shape[-1]
     weights = [torch.randn(d), torch.randn(d) if norm.endswith("bias") else None][: 2 if name == "layer_norm" else 1]
     x = torch.randn(shape) * 3 + 1
-    ours, plain = getattr(kernels, name), getattr(reference, name)
+    norms = ours(name, backend), getattr(reference, name)
     if residual:
-        compare(with_residual(ours), with_residual(plain), [x, torch.randn(shape), *weights], dtype)
+        compare(*map(with_residual, norms), [x, torch.randn(shape), *weights], dtype)
     else:
-        compare(ours, plain, [x, *weights], dtype)
+        compare(*norms, [x, *weights], dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_statistics_and_weight_gradients_are_summed_in_fp32(dtype: torch.dtype):
+def test_statistics_and_weight_gradients_are_summed_in_fp32(dtype: torch.dtype, backend: str):
     """4096 rows with a mean far from zero: sums in the low precision would lose whole digits."""
     x, w, b = torch.randn(4096, 64) + 20, torch.ones(64), torch.zeros(64)
-    compare(kernels.layer_norm, reference.layer_norm, [x, w, b], dtype)
+    compare(ours("layer_norm", backend), reference.layer_norm, [x, w, b], dtype)
     low = [t.to(dtype) for t in (x, w, b)]
-    dw = run(kernels.layer_norm, low)[2].double()
+    dw = run(ours("layer_norm", backend), low)[2].double()
     exact = run(reference.layer_norm, [t.double() for t in low])[2]
     assert (dw - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
 
@@ -58,70 +71,132 @@ def test_eps_and_float64():
     torch.testing.assert_close(kernels.layer_norm(x, w, b, 0.5), reference.layer_norm(x, w, b, 0.5))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_one_element(dtype: torch.dtype, backend: str):
+    x, w, b = 1 + torch.rand(2000, 1), torch.randn(1), torch.randn(1)
+    for name, weights in (("layer_norm", [w, b]), ("rms_norm", [w])):
+        norms = (partial(f, eps=0.5) for f in (ours(name, backend), getattr(reference, name)))
+        compare(*norms, [x, *weights], dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend: str, shape: tuple[int, ...]):
+    x, w = torch.randn(shape), torch.randn(8)
+    for name in ("layer_norm", "rms_norm"):
+        y, dx, dw = run(ours(name, backend), [x, w])
+        assert y.shape == dx.shape == shape and torch.equal(dw, torch.zeros(8))
+
+
 def only(norm, pick: int, x: Tensor, residual: Tensor, w: Tensor) -> Tensor:
     return norm(x, w, residual=residual)[pick] + 0 * w.sum()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("use", ["y", "sum"])
-def test_either_output_alone(use: str):
+def test_either_output_alone(use: str, backend: str):
     x, w, r = torch.randn(5, 8), torch.randn(8), torch.randn(5, 8)
     pick = 0 if use == "y" else 1
     for name in ("layer_norm", "rms_norm"):
-        ours, plain = (partial(only, getattr(module, name), pick) for module in (kernels, reference))
-        compare(ours, plain, [x, r, w], torch.float32)
+        norms = (partial(only, norm, pick) for norm in (ours(name, backend), getattr(reference, name)))
+        compare(*norms, [x, r, w], torch.float32)
 
 
-@pytest.mark.parametrize("shape", [(), (8,)])
-def test_expanded_gradients_and_strided_inputs(shape: tuple[int, ...]):
-    def draw(name):
-        gradient, w = torch.randn(shape).expand(4, 6, 8), torch.randn(8)
-        x = torch.randn(6, 4, 16)[..., ::2].transpose(0, 1)
-        ours, plain, exact = (
-            run(getattr(module, name), [x.to(dtype), w.to(dtype)], [gradient])
-            for module, dtype in ((kernels, torch.float32), (reference, torch.float32), (reference, torch.float64))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("view", ["every other element", "part of each row"])
+@pytest.mark.parametrize("shape", [(), (120,)])
+def test_expanded_gradients_and_strided_inputs(shape: tuple[int, ...], view: str, backend: str):
+    """As the gradient of a sum is, and as q is within Wqkv's output."""
+
+    def draw(name: str, residual: bool):
+        gradient = torch.randn(shape).expand(4, 15, 120)
+        base, w = torch.randn(15, 4, 240).transpose(0, 1), torch.randn(240)[::2]
+        more = [torch.randn(15, 4, 120).transpose(0, 1)] if residual else []
+        x = base[..., ::2] if view == "every other element" else base[..., 120:]
+        plain = getattr(reference, name)
+        norms = [with_residual(f) if residual else f for f in (ours(name, backend), plain, plain)]
+        results = (
+            run(norm, [t.to(dtype) for t in (x, *more, w)], [gradient] * (1 + len(more)))
+            for norm, dtype in zip(norms, (torch.float32, torch.float32, torch.float64))
         )
-        return [(name, *row) for row in zip(ours, plain, exact)]
+        return [(name, *row) for row in zip(*results)]
 
     for name in ("layer_norm", "rms_norm"):
-        hold(partial(draw, name))
+        for residual in (False, True):
+            hold(partial(draw, name, residual))
 
 
-def test_autocast():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend: str):
     """Output in the low dtype from inputs cast to it; the residual stream keeps fp32."""
     x, r, w = (torch.randn(6, 16).bfloat16(), torch.randn(6, 16), torch.randn(16).requires_grad_())
-    for backend in (None, "reference"):
-        with torch.autocast("cpu", torch.bfloat16):
-            y, total = kernels.layer_norm(x, w, residual=r, backend=backend)
-            alone = kernels.layer_norm(total, w, backend=backend)
-            rms = kernels.rms_norm(total, w, backend=backend)
+    for which in (backend, "reference"):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y, total = kernels.layer_norm(x, w, residual=r, backend=which)
+            alone = kernels.layer_norm(total, w, backend=which)
+            rms = kernels.rms_norm(total, w, backend=which)
         assert y.dtype == alone.dtype == rms.dtype == torch.bfloat16 and total.dtype == torch.float32
         assert torch.equal(total, x + r) and torch.equal(y, alone)
         torch.testing.assert_close(y, reference.layer_norm(total.bfloat16(), w.bfloat16()))
         assert torch.autograd.grad(y.sum(), w)[0].dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         assert kernels.layer_norm(x.double(), w.double()).dtype == torch.float64
+        assert kernels.layer_norm(x, w, residual=r.double())[1].dtype == torch.float64
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("d", [80, 300])
+def test_gradients_under_autocast(d: int, backend: str):
+    """A bf16 branch joins an fp32 residual stream, whose own gradient is fp32."""
+    x, r, w, b = torch.randn(70, d).bfloat16(), torch.randn(70, d), torch.randn(d), torch.randn(d)
+    grads = [torch.randn(70, d).bfloat16(), torch.randn(70, d)]
+
+    def mixed(norm):
+        def call(*args: Tensor):
+            with torch.autocast(x.device.type, torch.bfloat16):
+                return norm(*args)
+
+        return call
+
+    got, plain = (
+        run(mixed(with_residual(ours("layer_norm", which))), [x, r, w, b], grads) for which in (backend, "reference")
+    )
+    exact = run(with_residual(reference.layer_norm), [t.double() for t in (x, r, w.bfloat16(), b.bfloat16())], grads)
+    for i, tensors in enumerate(zip(got, plain, exact)):
+        assert_close(str(i), *tensors, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("d", [80, 300])
+def test_gradients_are_the_same_every_time(d: int, backend: str):
+    inputs = [torch.randn(200, d), torch.randn(d), torch.randn(d)]
+    first, second = (run(ours("layer_norm", backend), inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("triton", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_opcheck(residual: bool, rms: bool, dtype: torch.dtype):
+def test_opcheck(residual: bool, rms: bool, dtype: torch.dtype, triton: bool):
     x, w, b, r = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((3, 5, 8), (8,), (8,), (3, 5, 8)))
-    args = (x, w, None if rms else b, r if residual else None, 1e-5, rms)
+    args = (x, w, None if rms else b, r if residual else None, 1e-5, rms, triton)
     torch.library.opcheck(torch.ops.mpt.layer_norm, args)
     with torch.no_grad():
         _, total, mean, rstd = torch.ops.mpt.layer_norm(*args)
         given = (torch.randn_like(x), torch.randn_like(x) if residual else None, (total if residual else x).detach())
         weights = (w.detach(), None if rms else b.detach())
-        torch.library.opcheck(torch.ops.mpt.layer_norm_backward, (*given, *weights, mean, rstd, rms))
+        torch.library.opcheck(torch.ops.mpt.layer_norm_backward, (*given, *weights, mean, rstd, rms, triton))
 
 
-def test_compile_and_checkpoint():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_and_checkpoint(backend: str):
     torch._dynamo.reset()
     x, w, r = (torch.randn(s, requires_grad=True) for s in ((4, 8), (8,), (4, 8)))
 
     def step(x, w, r):
-        y, total = kernels.layer_norm(x, w, residual=r)
+        y, total = kernels.layer_norm(x, w, residual=r, backend=backend)
         return (y * total).sum()
 
     expected = torch.autograd.grad(step(x, w, r), (x, w, r))
@@ -131,9 +206,10 @@ def test_compile_and_checkpoint():
             torch.testing.assert_close(got, want)
 
 
-def test_second_derivative_is_refused_by_name():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivative_is_refused_by_name(backend: str):
     x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
-    (dx,) = torch.autograd.grad(kernels.layer_norm(x, w).square().sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(kernels.layer_norm(x, w, backend=backend).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"mpt::layer_norm has no second derivative"):
         dx.sum().backward()
 

@@ -18,7 +18,7 @@ Implementation = Literal["triton", "torch", "reference"]
 
 NAMES = ("auto", "triton", "torch", "reference")
 TRITON_ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx90a", "gfx942")
-WITH_TRITON: frozenset[str] = frozenset()  # operations that have Triton kernels
+WITH_TRITON = frozenset({"decode_attention", "update_key_norms"})  # operations that have Triton kernels
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _default = "auto"

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -258,25 +259,28 @@ def _decode_attention_combine_kernel(  # type: ignore[no-untyped-def]
 
 
 class _Machine(NamedTuple):
-    """processors: streaming multiprocessors or compute units; block: bytes of a tile of keys; stages: of the loop."""
+    """processors: streaming multiprocessors or compute units; block: bytes of a tile of keys; warps, and warps in fp32,
+    whose products use no matrix instructions; stages: of the loop; rows: of a tile of queries, at most.
+    """
 
     processors: int
     block: int
     warps: int
+    warps_fp32: int
     stages: int
+    rows: int
 
 
 # A tile of 16 KiB of keys and one of values, twice or three times in flight, leave room for two programs per processor.
 _MACHINES = {
-    "sm_80": _Machine(108, 16384, 4, 2),
-    "sm_86": _Machine(84, 8192, 4, 2),
-    "sm_90": _Machine(132, 16384, 4, 3),
-    "sm_100": _Machine(148, 16384, 4, 3),
-    "gfx90a": _Machine(104, 8192, 4, 2),
-    "gfx942": _Machine(304, 8192, 4, 2),
-    "interpreter": _Machine(4, 2048, 1, 1),
+    "sm_80": _Machine(108, 16384, 4, 4, 2, 32),
+    "sm_86": _Machine(84, 8192, 4, 4, 2, 32),
+    "sm_90": _Machine(132, 16384, 4, 8, 3, 64),
+    "sm_100": _Machine(148, 16384, 4, 8, 3, 64),
+    "gfx90a": _Machine(104, 8192, 4, 4, 2, 64),
+    "gfx942": _Machine(304, 8192, 4, 4, 2, 64),
+    "interpreter": _Machine(4, 2048, 1, 1, 1, 64),
 }
-_MAX_BLOCK_M = 64
 _MAX_PIECES = 512
 _CUTS = 64
 _BLOCK_P = 16
@@ -289,20 +293,24 @@ class _Tile(NamedTuple):
     near: int
     rho: float
     precision: str
+    warps: int
 
 
 def _tile(machine: str, rows: int, d: int, dtype: torch.dtype) -> _Tile:
     """rows: R * S."""
     block_d = max(triton.next_power_of_2(d), 16)
-    block_n = min(max(_MACHINES[machine].block // (block_d * dtype.itemsize), 16), 128)
+    most = 16 if dtype == torch.float32 else _MACHINES[machine].rows // (2 if block_d > 128 else 1)
+    block_m = min(max(triton.next_power_of_2(rows), 16), most)
+    block_n = min(max(_MACHINES[machine].block // (block_d * dtype.itemsize), 16), 128 if block_m == 16 else 64)
     tf32 = machine != "interpreter" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return _Tile(
         block_d,
-        min(max(triton.next_power_of_2(rows), 16), _MAX_BLOCK_M),
+        block_m,
         block_n,
         min(max(block_n, 32), 64),
         alibi._RHO_TF32 if tf32 else alibi._RHO,
         "tf32" if tf32 else "ieee",
+        _MACHINES[machine].warps_fp32 if dtype == torch.float32 else _MACHINES[machine].warps,
     )
 
 
@@ -327,8 +335,7 @@ def _decode_attention(
     (batch, s, h, d), (g, keys) = q.shape, k.shape[1:3]
     r, machine = h // g, architecture(q.device)
     tile = _tile(machine, r * s, d, q.dtype)
-    _, _, warps, stages = _MACHINES[machine]
-    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": tile.warps, "enable_fp_fusion": True}
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = torch.empty(batch, s, h, d, dtype=q.dtype, device=q.device)
     skipping = slopes is not None and norms is not None
@@ -363,7 +370,7 @@ def _decode_attention(
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             PRECISION=tile.precision,
-            num_stages=stages,
+            num_stages=_MACHINES[machine].stages,
             **options,
         )
         _decode_attention_combine_kernel[(batch * g, r * s)](
@@ -380,14 +387,12 @@ def _decode_attention(
 def _update_key_norms(norms: Tensor, k: Tensor, start: Tensor) -> None:
     (batch, g, s, d), machine = k.shape, architecture(k.device)
     k = k if k.stride(-1) == 1 else k.contiguous()
-    if k.numel() == 0:
-        return
     with torch.cuda.device_of(k):
         _update_key_norms_kernel[(batch * g,)](
             *(k, start, norms, s, g, norms.shape[2], *k.stride()[:3], *norms.stride()),
             D=d,
             BLOCK_D=max(triton.next_power_of_2(d), 16),
-            num_warps=_MACHINES[machine].warps,
+            num_warps=_tile(machine, 1, d, k.dtype).warps,
             num_stages=_MACHINES[machine].stages,
             enable_fp_fusion=True,
         )
@@ -440,7 +445,7 @@ def variants(architecture: str) -> list[Variant]:
                     signature=types,
                     constants=constants,
                     divisible=tuple(n for n, t in types.items() if t.startswith("*") or n in _DIVISIBLE),
-                    num_warps=machine.warps,
+                    num_warps=tile.warps,
                     num_stages=machine.stages,
                     scores=scores,
                     options={"enable_fp_fusion": True},
@@ -461,7 +466,8 @@ def _argument_type(name: str, dtype: str) -> str:
 
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
-_NEAR = 64
+_NEAR = 32  # newest keys, whose largest term bounds a row's total from below
+_LEAST = 2**20  # elements of keys, below which finding the windows costs more than it saves
 _WASTE = 2**15  # elements of keys that cost as much to read as a few calls: runs are joined over so many
 _CAST = 2**20  # elements of a cache in low precision that are widened at once
 
@@ -479,15 +485,16 @@ def _decode_attention_torch(
     (batch, s, h, d), (g, keys) = q.shape, k.shape[1:3]
     r, up = h // g, wide(q.dtype)
     qs = q.to(up).view(batch, s, g, r, d).permute(0, 2, 3, 1, 4) * scale
-    first = torch.empty(0, dtype=torch.int32, device=q.device)
+    skipping = slopes is not None and norms is not None
+    first = torch.zeros((batch, h) if skipping else (0,), dtype=torch.int32, device=q.device)
     begin = [0] * (batch * g)
-    if slopes is not None and norms is not None:
+    if slopes is not None and norms is not None and batch * g * keys * d >= _LEAST:
         first = _first_needed(qs, k, lengths, slopes, norms, 53 if up == torch.float64 else _BITS)
         begin = first.view(batch * g, r).amin(1).tolist()
     end = lengths.repeat_interleave(g).tolist()
-    m = None if slopes is None else slopes.to(q.device, up).view(g, r, 1, 1).repeat(batch, 1, 1, 1)
+    m = None if slopes is None else slopes.to(up).view(1, g, r, 1, 1).expand(batch, -1, -1, -1, -1).flatten(0, 1)
     away = torch.arange(1 - keys, 1, device=q.device, dtype=up)  # -(length - 1 - j), for the last keys of any length
-    later = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
+    later = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1) if s > 1 else None
     qs = qs.reshape(batch * g, r * s, d)
     out = qs.new_zeros(batch * g, r * s, d)
     limit = _CAST if k.dtype != up else None
@@ -497,7 +504,7 @@ def _decode_attention_torch(
             scores = torch.bmm(qs[at], k_part[i:j, a:b].to(up).mT).view(j - i, r, s, b - a)
             if m is not None:
                 scores.addcmul_(m[at], away[keys - (b - a) :])
-            if s > 1:
+            if later is not None:
                 scores[..., -s:].masked_fill_(later, float("-inf"))
             p = torch.softmax(scores, -1).view(j - i, r * s, b - a)
             torch.bmm(p, v_part[i:j, a:b].to(up), out=out[at])
@@ -536,49 +543,52 @@ def _runs(begin: list[int], end: list[int], d: int, limit: int | None) -> list[t
 def _first_needed(q: Tensor, k: Tensor, lengths: Tensor, slopes: Tensor, norms: Tensor, bits: int) -> Tensor:
     """(B, H) int32, multiples of 64: the keys before weigh at most 2^-bits of any of the head's queries' total.
 
-    q (B, G, R, S, D), times the softmax scale. The method is `alibi.first_kept`'s, every cut tried at once.
+    q (B, G, R, S, D), times the softmax scale; T at least 64. The method is `alibi.first_kept`'s, every cut tried at
+    once.
     """
-    b, g, r, s, _ = q.shape
+    b, g, r, s, d = q.shape
     rho = alibi._RHO if q.device.type == "cpu" else alibi._RHO_TF32
-    q, slope = q.float(), slopes.to(q.device, torch.float32).view(g, r, 1, 1)
-    near = lengths[:, None] - _NEAR + torch.arange(_NEAR, device=q.device)
-    position = lengths[:, None] - s + torch.arange(s, device=q.device)
-    keys = k[torch.arange(b, device=q.device)[:, None], :, near.clamp(min=0)].float()  # (B, near, G, D)
-    scores = torch.einsum("bgrsd,bngd->bgrsn", q, keys)
-    away = (position[:, :, None] - near[:, None, :])[:, None, None]
-    scores = (scores - slope * away).masked_fill_((away < 0) | (near < 0)[:, None, None, None], float("-inf"))
-    low = torch.logsumexp(scores, -1, keepdim=True) * alibi._LOG2E
-    low = low.masked_fill(~low.isfinite(), float("-inf"))
+    q, slope, ends = q.float(), slopes.view(g, r, 1, 1), lengths.float()[:, None]  # exact up to 2^24
+    start = (lengths - _NEAR).clamp(min=0).tolist()
+    near = torch.stack([k[i, :, n : n + _NEAR] for i, n in enumerate(start)]).float()
+    position = ends - s + torch.arange(s, device=q.device, dtype=torch.float32)
+    at = (ends - _NEAR).clamp(min=0) + torch.arange(_NEAR, device=q.device, dtype=torch.float32)
+    away = (position[:, :, None] - at[:, None])[:, None, None]
+    scores = (q.reshape(b, g, r * s, d) @ near.mT).view(b, g, r, s, _NEAR)
+    low = (scores - slope * away).masked_fill_(away < 0, float("-inf")).amax(-1, keepdim=True) * alibi._LOG2E
+    low = torch.where(low < alibi._BIG, low, float("-inf"))  # inf and NaN keep everything
 
     last = (lengths - 1) // GRAIN
     norms = torch.where(norms < alibi._BIG, norms, alibi._BIG)
     own = norms.gather(2, last[:, None, None].expand(b, g, 1)).view(b, g, 1, 1, 1)
-    high = norms[:, :, None, None, : int(last.max())]
-    cut = (torch.arange(high.shape[-1], device=q.device) + 1) * GRAIN
+    high = norms[:, :, None, None, : max(start) // GRAIN + 1]
+    cut = torch.arange(1, high.shape[-1] + 1, device=q.device, dtype=torch.float32) * GRAIN
     size = alibi._norms(q)[..., None] * alibi._LOG2E
     geometric = 1 / slope + 0.5 + slope / 12  # >= 1 / (1 - exp(-slope)); inf for slope 0
-    worst = size * (1 + rho) * high + (rho * size * own - low)
-    worst = worst - alibi._FAR * alibi._LOG2E * slope * (position[:, :, None] + 1 - cut)[:, None, None]
-    worst = worst + torch.minimum(cut, geometric).log2()
-    passes = (worst <= -(bits + 1 / 16)).all(3) & (cut <= lengths[:, None] - s)[:, None, None]
-    first = (passes * cut).amax(-1) if len(cut) else passes.new_zeros(b, g, r)
-    return first.int().view(b, g * r)
+    worst = (size * (1 + rho)) * high + (rho * size * own - low)
+    worst -= alibi._FAR * alibi._LOG2E * slope * ((position + 1)[:, :, None] - cut)[:, None, None]
+    worst += torch.minimum(cut, geometric).log2()
+    passes = (worst <= -(bits + 1 / 16)).all(3) & (cut <= ends - s)[:, None, None]
+    return (passes * cut).amax(-1).int().view(b, g * r)
 
 
 def _update_key_norms_torch(norms: Tensor, k: Tensor, start: Tensor) -> None:
-    (b, g, s, _), blocks = k.shape, norms.shape[2]
-    new = alibi._norms(k).float()
-    block = (start[:, None] + torch.arange(s, device=k.device)) // GRAIN  # (B, S)
-    touched = (s + 2 * GRAIN - 2) // GRAIN
-    at = start[:, None] // GRAIN + torch.arange(touched, device=k.device)
-    before = (start - 1) // GRAIN  # the last block that holds a key already
-    high = new.new_zeros(b, g, 1 + touched)
-    high[..., 0] = norms.gather(2, before.clamp(min=0)[:, None, None].expand(b, g, 1))[..., 0]
-    high[..., 0].masked_fill_((before < 0)[:, None], 0.0)
-    high.scatter_reduce_(2, (block - block[:, :1] + 1)[:, None].expand(b, g, s), new, "amax")
-    high = high.cummax(-1).values[..., 1:]
-    # Beyond the last new key the maximum repeats, so indices that are clamped write one value.
-    norms.scatter_(2, at.clamp(max=blocks - 1)[:, None].expand(b, g, touched), high)
+    new, starts = alibi._norms(k).float(), start.tolist()
+    if len(set(starts)) == 1:
+        _append_norms(norms, new, starts[0])
+    else:
+        for row, n in enumerate(starts):
+            _append_norms(norms[row : row + 1], new[row : row + 1], n)
+
+
+def _append_norms(norms: Tensor, new: Tensor, start: int) -> None:
+    """new (B, G, S): norms of the keys at start, start + 1, ..."""
+    end = start + new.shape[2]
+    first, last = start // GRAIN, -(-end // GRAIN)
+    new = F.pad(new, (start % GRAIN, -end % GRAIN)).unflatten(2, (-1, GRAIN)).amax(-1)
+    if start > 0:  # the maximum so far, which is that of the block that holds the key before
+        new[..., 0] = torch.maximum(new[..., 0], norms[..., (start - 1) // GRAIN])
+    norms[..., first:last] = new if last - first == 1 else new.cummax(-1).values
 
 
 # ---- the boundary ----------------------------------------------------------------------------------------------------
@@ -629,7 +639,9 @@ _op.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
 
 @torch.library.custom_op("mpt::update_key_norms", mutates_args=("key_norms",))
 def _op_update(key_norms: Tensor, k_new: Tensor, start: Tensor, triton: bool) -> None:
-    if start.device.type == "cpu" and start.numel():
+    if k_new.numel() == 0:
+        return
+    if not triton or start.device.type == "cpu":
         low, high, room = int(start.min()), int(start.max()) + k_new.shape[2], key_norms.shape[2] * GRAIN
         if low < 0 or high > room:
             raise ValueError(
@@ -670,9 +682,9 @@ def decode_attention(
     Returns out (B, S, H, D) contiguous, in the dtype of q; with return_kept also kept, a 0-d fp32 tensor: the keys from
     the first one that a kv head needs, as a share of those up to the length.
 
-    Not differentiable: its backward raises NotImplementedError. The host does not wait for lengths on a GPU: there the
-    kernels take one above T as T, and a query at a negative position sees nothing and gives 0. TypeError on dtypes, devices,
-    DTensors; ValueError on shapes and values.
+    Not differentiable: its backward raises NotImplementedError. The Triton path does not wait for lengths on a GPU:
+    there one above T counts as T, and a query at a negative position sees nothing and gives 0. TypeError on dtypes,
+    devices, DTensors; ValueError on shapes and values.
     """
     check_tensors("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, key_norms=key_norms)
     if autocast_dtype(q) is not None:
@@ -705,8 +717,8 @@ def update_key_norms(key_norms: Tensor, k_new: Tensor, start: int | Tensor, *, b
     keys that are appended to a cache (B, G, T, D) from position `start` on, an int or (B,) int32 or int64, in the
     cache's dtype. A row that starts again, at any position, forgets what lay there and after.
 
-    TypeError on dtypes, devices, DTensors; ValueError on shapes, and on positions outside key_norms (on a GPU `start`
-    is not looked at from the host: there they are left out).
+    TypeError on dtypes, devices, DTensors; ValueError on shapes, and on positions outside key_norms (the Triton path
+    does not wait for a `start` on a GPU: there it leaves such keys out).
     """
     if isinstance(start, int):
         start = torch.full((k_new.shape[0],), start, dtype=torch.long, device=k_new.device)

@@ -400,7 +400,7 @@ def _update_key_norms(norms: Tensor, k: Tensor, start: Tensor) -> None:
 
 _TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _SHIPPED = (
-    *((torch.bfloat16, d, rows) for d in (64, 80, 96, 112, 128, 256) for rows in (1, 64)),
+    *((torch.bfloat16, d, rows) for d in (64, 80, 96, 112, 128, 256) for rows in (1, 32, 64)),
     *((dtype, d, 1) for dtype in (torch.float16, torch.float32) for d in (64, 128, 256)),
     (torch.bfloat16, 16, 1),
 )
@@ -412,6 +412,8 @@ def variants(architecture: str) -> list[Variant]:
     machine = _MACHINES[architecture]
     for dtype, d, rows in _SHIPPED:
         tile, x = _tile(architecture, rows, d, dtype), _TRITON_TYPES[dtype]
+        if rows > tile.block_m:
+            continue  # fewer rows fill this tile: it is listed
         shape: dict[str, Any] = {"D": d, "BLOCK_D": tile.block_d}
         precise: dict[str, Any] = {"PRECISION": tile.precision}
         kernels: list[tuple[Any, dict[str, Any], int | None]] = [
@@ -508,7 +510,8 @@ def _decode_attention_torch(
                 scores[..., -s:].masked_fill_(later, float("-inf"))
             p = torch.softmax(scores, -1).view(j - i, r * s, b - a)
             torch.bmm(p, v_part[i:j, a:b].to(up), out=out[at])
-    return out.view(batch, g, r, s, d).permute(0, 3, 1, 2, 4).reshape(q.shape).to(q.dtype), first
+    out = out.view(batch, g, r, s, d).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    return out.to(q.dtype).contiguous(), first
 
 
 def _parts(k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -573,7 +576,7 @@ def _first_needed(q: Tensor, k: Tensor, lengths: Tensor, slopes: Tensor, norms: 
 
 
 def _update_key_norms_torch(norms: Tensor, k: Tensor, start: Tensor) -> None:
-    new, starts = alibi._norms(k).float(), start.tolist()
+    new, starts = alibi._norms(k.to(wide(k.dtype))).float(), start.tolist()
     if len(set(starts)) == 1:
         _append_norms(norms, new, starts[0])
     else:

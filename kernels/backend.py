@@ -63,11 +63,13 @@ def _triton_problem(op: str, tensor: Tensor) -> str | None:
     return f"the tensor is on {tensor.device}, and Triton compiles for NVIDIA and AMD GPUs"
 
 
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1): for tests."""
     return bool(triton.knobs.runtime.interpret)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def architecture(device: torch.device) -> str:
     """The name under which tables of tile shapes hold a device: sm_80, sm_86 (also 8.7, 8.9 and 12.x: the same small

@@ -279,7 +279,7 @@ _MACHINES = {
     "sm_100": _Machine(148, 16384, 4, 8, 3, 64),
     "gfx90a": _Machine(104, 8192, 4, 4, 2, 64),
     "gfx942": _Machine(304, 8192, 4, 4, 2, 64),
-    "interpreter": _Machine(4, 2048, 1, 1, 1, 64),
+    "interpreter": _Machine(4, 4096, 1, 1, 1, 64),
 }
 _MAX_PIECES = 512
 _CUTS = 64

@@ -15,6 +15,9 @@ import kernels
 from kernels import reference
 from kernels.alibi import GRAIN
 
+# The interpreter is numpy, which warns where a kernel means NaN or infinity.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATHS = ["torch", "triton"]
 
@@ -50,8 +53,9 @@ def check(path: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, **kwargs)
 
 @pytest.fixture
 def _every_size_skips(monkeypatch: pytest.MonkeyPatch):
-    """The torch path looks for windows in small caches too."""
+    """The torch path looks for windows in small caches too, and joins none."""
     monkeypatch.setattr(sys.modules["kernels.decode_attention"], "_LEAST", 0)
+    monkeypatch.setattr(sys.modules["kernels.decode_attention"], "_WASTE", 0)
 
 
 # ---- outputs ---------------------------------------------------------------------------------------------------------
@@ -73,20 +77,20 @@ def test_heads(b: int, h: int, g: int, s: int, alibi: bool, path: str):
     """The last one has more rows than a tile."""
     lengths = torch.tensor([97, 150], dtype=torch.int32)[:b]
     slopes = kernels.alibi_slopes(h) if alibi else None
-    check(path, *inputs(b, s, h, g, 150, 32), lengths, alibi_slopes=slopes)
+    check(path, *inputs(b, s, h, g, 150, 64), lengths, alibi_slopes=slopes)
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [8, 80, 96, 112, 256])
+@pytest.mark.parametrize("d", [24, 80, 96, 112, 256])
 def test_head_dimensions(d: int, dtype: torch.dtype, path: str):
-    check(path, *inputs(1, 2, 4, 4, 70, d, dtype), torch.tensor([70]), alibi_slopes=kernels.alibi_slopes(4))
+    check(path, *inputs(1, 3, 4, 2, 70, d, dtype), torch.tensor([70]), alibi_slopes=kernels.alibi_slopes(4))
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("scale", [0.0, 0.05, 2.0])
+@pytest.mark.parametrize("scale", [0.0, 0.05, 0.5])
 def test_scale(scale: float, path: str):
-    check(path, *inputs(2, 2, 4, 2, 90, 32), torch.tensor([90, 40]), softmax_scale=scale)
+    check(path, *inputs(2, 2, 4, 2, 90, 64), torch.tensor([90, 40]), softmax_scale=scale)
 
 
 def test_float64_on_the_torch_path():
@@ -115,11 +119,11 @@ def test_strides(layout: str, path: str):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("s", [1, 5])
+@pytest.mark.parametrize("s", [1, 3])
 def test_what_lies_beyond_a_row_is_not_read(s: int, path: str):
-    q, k, v = inputs(2, s, 4, 2, 130, 32)
+    q, k, v = inputs(2, s, 2, 1, 130, 32)
     lengths = torch.tensor([130, 67])
-    kwargs = {"alibi_slopes": kernels.alibi_slopes(4), "backend": path}
+    kwargs = {"alibi_slopes": kernels.alibi_slopes(2), "backend": path}
     clean = kernels.decode_attention(q, k, v, lengths, **kwargs)
     for x in (k, v):
         x[1, :, 67:] = math.nan
@@ -210,7 +214,7 @@ def case(name: str, s: int, h: int, g: int, t: int, d: int) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", CASES)
 def test_skipped_keys_weigh_at_most_two_to_the_minus_24(name: str, path: str):
-    s, h, g, t = 3, 4, 2, 400
+    s, h, g, t = 2, 2, 1, 400
     q, k, slopes = case(name, s, h, g, t, 16)
     lengths = torch.tensor([t, 333])
     out, first = torch.ops.mpt.decode_attention(
@@ -238,16 +242,17 @@ def test_outputs_with_skipping(far_key: bool, dtype: torch.dtype, path: str):
 @pytest.mark.parametrize("path", PATHS)
 def test_it_does_skip_and_the_skipped_is_not_read(path: str):
     """NaN in front of the window changes nothing; the report is the count."""
-    q, k, v = inputs(2, 2, 4, 4, 700, 16)
-    lengths, slopes = torch.tensor([700, 520]), kernels.alibi_slopes(4)
+    q, k, v = inputs(2, 1, 2, 2, 420, 16)
+    lengths, slopes = torch.tensor([420, 360]), torch.tensor([0.4, 0.004])
     norms = norms_of(k, path)
     first = torch.ops.mpt.decode_attention(q, k, v, lengths, slopes, norms, 0.25, path == "triton")[1]
-    assert (first[:, 0] > 300).all() and (first[:, 3] == 0).all()
+    assert (first[:, 0] >= 192).all() and (first[:, 1] == 0).all()
     run = partial(kernels.decode_attention, q, k, v, lengths, alibi_slopes=slopes, key_norms=norms, backend=path)
     clean, kept = run(return_kept=True)
     assert kept.shape == () and kept.dtype == torch.float32
-    torch.testing.assert_close(kept.item(), 1 - first.sum().item() / (4 * 1220))
-    k[:, 0, :64] = math.nan
+    torch.testing.assert_close(kept.item(), 1 - first.sum().item() / (2 * 780))
+    for row in range(2):
+        k[row, 0, : first[row, 0]] = math.nan
     assert torch.equal(run(), clean)
 
 
@@ -268,8 +273,8 @@ def test_long_caches_are_mostly_skipped():
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 @pytest.mark.parametrize("where", ["key", "query", "slope"])
 def test_not_finite_keeps_everything_it_touches(where: str, value: float, path: str):
-    q, k, v = inputs(2, 2, 4, 4, 400, 16)
-    slopes = kernels.alibi_slopes(4) * 2
+    q, k, v = inputs(1, 2, 2, 2, 300, 16)
+    slopes = torch.tensor([1.0, 0.5])
     if where == "key":
         k[0, 0, 3, 5] = value
     elif where == "query":
@@ -277,8 +282,8 @@ def test_not_finite_keeps_everything_it_touches(where: str, value: float, path: 
     else:
         slopes[0] = -1.0 if value == 3e38 else math.nan
     norms = norms_of(k, path)
-    first = torch.ops.mpt.decode_attention(q, k, v, torch.tensor([400, 400]), slopes, norms, 0.25, path == "triton")[1]
-    assert first[0, 0] == 0 and first[1, 1] > 0
+    first = torch.ops.mpt.decode_attention(q, k, v, torch.tensor([300]), slopes, norms, 0.25, path == "triton")[1]
+    assert first[0, 0] == 0 and first[0, 1] > 0
 
 
 # ---- key norms -------------------------------------------------------------------------------------------------------
@@ -320,8 +325,8 @@ def test_norms_that_are_not_finite_become_large(path: str):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("skip", [False, True])
 def test_opcheck(skip: bool, path: str):
-    q, k, v = inputs(2, 2, 4, 2, 70, 16)
-    slopes, norms = (kernels.alibi_slopes(4), norms_of(k, path)) if skip else (None, None)
+    q, k, v = inputs(2, 1, 2, 2, 70, 16)
+    slopes, norms = (kernels.alibi_slopes(2), norms_of(k, path)) if skip else (None, None)
     args = (q, k, v, torch.tensor([70, 9]), slopes, norms, 0.25, path == "triton")
     torch.library.opcheck(torch.ops.mpt.decode_attention, args)
     new = (norms_of(k, path), k[:, :, :3], torch.tensor([20, 40]), path == "triton")

@@ -471,6 +471,7 @@ def _argument_type(name: str, dtype: str) -> str:
 _NEAR = 32  # newest keys, whose largest term bounds a row's total from below
 _LEAST = 2**20  # elements of keys, below which finding the windows costs more than it saves
 _WASTE = 2**15  # elements of keys that cost as much to read as a few calls: runs are joined over so many
+_FEW = 8  # queries of one product
 _CAST = 2**20  # elements of a cache in low precision that are widened at once
 
 
@@ -503,7 +504,7 @@ def _decode_attention_torch(
     for k_part, v_part, n0 in _parts(k, v):
         for i, j, a, b in _runs(begin[n0 : n0 + len(k_part)], end[n0 : n0 + len(k_part)], d, limit):
             at = slice(n0 + i, n0 + j)
-            scores = torch.bmm(qs[at], k_part[i:j, a:b].to(up).mT).view(j - i, r, s, b - a)
+            scores = _products(k_part[i:j, a:b].to(up), qs[at]).view(j - i, r, s, b - a)
             if m is not None:
                 scores.addcmul_(m[at], away[keys - (b - a) :])
             if later is not None:
@@ -512,6 +513,13 @@ def _decode_attention_torch(
             torch.bmm(p, v_part[i:j, a:b].to(up), out=out[at])
     out = out.view(batch, g, r, s, d).permute(0, 3, 1, 2, 4).reshape(q.shape)
     return out.to(q.dtype).contiguous(), first
+
+
+def _products(k: Tensor, q: Tensor) -> Tensor:
+    """q k^T (n, rows, keys), contiguous. On a CPU a product with few columns is faster than one with few rows, and sums
+    each element in parts, where the other adds term by term from 4 rows on.
+    """
+    return torch.cat([torch.bmm(k, few.mT) for few in q.split(_FEW, 1)], 2).mT.contiguous()
 
 
 def _parts(k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:

@@ -9,6 +9,7 @@ import warnings
 
 from kernels import reference
 from kernels.alibi import alibi_slopes
+from kernels.decode_attention import decode_attention, update_key_norms
 from kernels.flash_attention import flash_attention
 from kernels.layer_norm import layer_norm, rms_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
@@ -17,6 +18,7 @@ from kernels.mlp import mlp
 
 __all__ = [
     "alibi_slopes",
+    "decode_attention",
     "flash_attention",
     "layer_norm",
     "linear_cross_entropy",
@@ -24,6 +26,7 @@ __all__ = [
     "mlp",
     "reference",
     "rms_norm",
+    "update_key_norms",
 ]
 
 

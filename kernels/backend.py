@@ -17,7 +17,9 @@ Implementation = Literal["triton", "torch", "reference"]
 
 NAMES = ("auto", "triton", "torch", "reference")
 TRITON_ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx90a", "gfx942")
-WITH_TRITON = frozenset({"layer_norm", "rms_norm", "lion_step"})  # operations that have Triton kernels
+WITH_TRITON = frozenset(  # operations that have Triton kernels
+    {"decode_attention", "layer_norm", "lion_step", "rms_norm", "update_key_norms"}
+)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _default = "auto"

@@ -98,6 +98,46 @@ def flash_attention(
     return (out, *([lse] if return_lse else []), *([torch.ones(())] if return_kept else []))
 
 
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    alibi_slopes: Tensor | None = None,
+    softmax_scale: float | None = None,
+    key_norms: Tensor | None = None,
+    return_kept: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale*q.k - m*(i-j)) v over the keys j <= i, query s of row b being at i = lengths[b] - S + s.
+    `key_norms` changes nothing here.
+    """
+    (_, s, h, d), (g, t) = q.shape, k_cache.shape[1:3]
+    up, scale = wide(q.dtype), d**-0.5 if softmax_scale is None else softmax_scale
+    i = lengths[:, None] - s + torch.arange(s, device=q.device)
+    away = (i[:, :, None] - torch.arange(t, device=q.device))[:, None]
+    filled = (torch.arange(t, device=q.device) < lengths[:, None])[:, None, :, None]
+    k, v = (x.where(filled, 0.0).repeat_interleave(h // g, 1) for x in (k_cache, v_cache))
+    scores = torch.einsum("bshd,bhtd->bhst", q.to(up), k.to(up)) * scale
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(q.device, up)[:, None, None] * away
+    p = scores.masked_fill(away < 0, float("-inf")).softmax(-1)
+    out = torch.einsum("bhst,bhtd->bshd", p.to(v.dtype), v)
+    return (out, torch.ones((), device=q.device)) if return_kept else out
+
+
+def update_key_norms(key_norms: Tensor, k_new: Tensor, start: int | Tensor) -> None:
+    """key_norms[b, g, c]: the largest |k| among the keys before position 64 * (c + 1), in place; `k_new` begins at
+    `start`.
+    """
+    for b, first in enumerate(start.tolist() if isinstance(start, Tensor) else [start] * len(k_new)):
+        for s, norm in enumerate(k_new[b].norm(dim=-1, dtype=torch.float32).unbind(-1)):
+            block, begins = divmod(first + s, 64)
+            if not begins:
+                key_norms[b, :, block] = key_norms[b, :, block - 1] if block else 0.0
+            key_norms[b, :, block] = key_norms[b, :, block].maximum(norm)
+
+
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:

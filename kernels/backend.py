@@ -33,7 +33,7 @@ def set_default(name: str) -> None:
 
 
 def choose(op: str, tensor: Tensor, override: str | None = None) -> Implementation:
-    """The implementation of `op` for a call on `tensor`. ValueError on a name that is unknown, or that cannot run it."""
+    """The implementation of `op` for a call on `tensor`. ValueError on a name that is unknown or cannot run it."""
     source, name = "backend", override
     if name is None:
         source, name = "MPT_KERNELS", os.environ.get("MPT_KERNELS")

@@ -64,7 +64,7 @@ def _lion_step_kernel(  # type: ignore[no-untyped-def]
 # ---- launcher --------------------------------------------------------------------------------------------------------
 
 _GPU = {"CHUNK": 32768, "BLOCK": 2048}
-_TILES = {name: _GPU for name in TRITON_ARCHITECTURES} | {"interpreter": {"CHUNK": 256, "BLOCK": 64}}
+_TILES = dict.fromkeys(TRITON_ARCHITECTURES, _GPU) | {"interpreter": {"CHUNK": 256, "BLOCK": 64}}
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 

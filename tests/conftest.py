@@ -16,7 +16,7 @@ if DEVICE == "cpu":
     assert "triton" not in sys.modules, "triton was imported before tests/conftest.py could ask for its interpreter"
     os.environ["TRITON_INTERPRET"] = "1"
 
-import torch
+import torch  # noqa: E402
 
 SEED = int(os.environ.get("MPT_TEST_SEED", torch.seed() % 2**31))
 

@@ -35,7 +35,7 @@ def _sum_kernel(x, y, N: tl.constexpr):
 @triton.jit
 def _range_kernel(n, y):
     total = 0
-    for i in range(0, tl.load(n)):
+    for i in range(tl.load(n)):
         total += i
     tl.store(y, total)
 

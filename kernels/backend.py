@@ -18,7 +18,7 @@ Implementation = Literal["triton", "torch", "reference"]
 
 NAMES = ("auto", "triton", "torch", "reference")
 TRITON_ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx90a", "gfx942")
-WITH_TRITON: frozenset[str] = frozenset()  # operations that have Triton kernels
+WITH_TRITON: frozenset[str] = frozenset({"flash_attention"})  # operations that have Triton kernels
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _default = "auto"
@@ -31,8 +31,11 @@ def set_default(name: str) -> None:
     _default = name
 
 
-def choose(op: str, tensor: Tensor, override: str | None = None) -> Implementation:
-    """The implementation of `op` for a call on `tensor`. ValueError on a name that is unknown, or that cannot run it."""
+def choose(op: str, tensor: Tensor, override: str | None = None, *, unfit: str | None = None) -> Implementation:
+    """The implementation of `op` for a call on `tensor`. unfit: what else keeps Triton from running this call, in words.
+
+    ValueError on a name that is unknown, or that cannot run it.
+    """
     source, name = "backend", override
     if name is None:
         source, name = "MPT_KERNELS", os.environ.get("MPT_KERNELS")
@@ -43,7 +46,7 @@ def choose(op: str, tensor: Tensor, override: str | None = None) -> Implementati
         return "reference"
     if name == "torch" or (name == "auto" and tensor.device.type != "cuda"):
         return "torch"
-    problem = _triton_problem(op, tensor)
+    problem = _triton_problem(op, tensor) or unfit
     if name == "triton" and problem:
         raise ValueError(f"{source} is 'triton', but {op} cannot run there: {problem}; use 'auto' or 'torch'")
     return "torch" if problem else "triton"

@@ -32,7 +32,7 @@ def set_default(name: str) -> None:
 
 
 def choose(op: str, tensor: Tensor, override: str | None = None, *, unfit: str | None = None) -> Implementation:
-    """The implementation of `op` for a call on `tensor`. unfit: what else keeps Triton from running this call, in words.
+    """The implementation of `op` for a call on `tensor`. unfit: what else keeps Triton from running it, in words.
 
     ValueError on a name that is unknown, or that cannot run it.
     """

@@ -21,7 +21,6 @@ Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (arXiv 2307.08691); ALiBi: Press et
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -106,6 +105,10 @@ class _Call(NamedTuple):
     dropout_p: float
     offset: int
     window: int
+
+    @property
+    def skips(self) -> bool:
+        return bool(self.mode & device.SKIP.value)
 
     def masks(self) -> tuple[Tensor | None, ...]:
         return self.key_ids, self.query_ids, self.prefix_mask
@@ -240,7 +243,7 @@ def _flash_attention_fwd(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[
     (B, H, tiles).
     """
     (b, s, h, d), (t, g), tile = q.shape, k.shape[1:3], call.tiles.fwd
-    tiles, blocks, skip = triton.cdiv(s, tile.m), triton.cdiv(t, call.tiles.skip), bool(device.SKIP.value & call.mode)
+    tiles, blocks, skip = triton.cdiv(s, tile.m), triton.cdiv(t, call.tiles.skip), call.skips
     out = torch.empty(b, s, h, d, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
     share = torch.empty(b, h, tiles, dtype=torch.float32, device=q.device)
@@ -364,6 +367,97 @@ def _last_kept(starts: Tensor, blocks: int, block: int) -> Tensor:
     return last
 
 
+# ---- what is shipped, for ahead-of-time compilation ------------------------------------------------------------------
+
+_SHAPES = {  # flags of MODE, by name
+    "skip": ("CAUSAL", "ALIBI", "SKIP"),
+    "alibi": ("CAUSAL", "ALIBI"),
+    "plain": ("CAUSAL",),
+    "documents": ("CAUSAL", "ALIBI", "SKIP", "IDS", "DOCS"),
+    "padding": ("CAUSAL", "ALIBI", "SKIP", "IDS"),
+    "all": ("CAUSAL", "ALIBI", "SKIP", "IDS", "DOCS", "PREFIX", "WINDOW", "DROPOUT"),
+}
+_TYPES = {
+    **dict.fromkeys(("O", "DQ", "DK", "DV", "Q", "K", "V", "DO"), "*{}"),
+    **dict.fromkeys(("LSE", "SHARE", "KEY_MAX", "SLOPES", "LSE2", "DELTA", "DLSE"), "*fp32"),
+    **dict.fromkeys(("START", "LAST", "BOUNDS", "KEY_IDS", "QUERY_IDS", "ORDER"), "*i32"),
+    "PREFIX_MASK": "*i8",
+    "SEED": "*i64",
+    "scale": "fp32",
+    "dropout_p": "fp32",
+    "share": "fp32",
+}
+_NEEDS = {"SLOPES": "ALIBI", "KEY_IDS": "IDS", "QUERY_IDS": "DOCS", "PREFIX_MASK": "PREFIX", "SEED": "DROPOUT"}
+_NEEDS |= dict.fromkeys(("KEY_MAX", "ORDER", "LAST"), "SKIP")
+
+
+def variants(name: str) -> list[Variant]:
+    """Every kernel with an inner loop for an architecture's name, and the small ones once."""
+    found = [_variant(name, kernel, d, torch.bfloat16, "skip") for kernel in _SMALL_KERNELS for d in (64, 128)]
+    for d in (32, 64, 80, 96, 112, 128, 256):
+        for shape in _SHAPES if d in (64, 128) else ("skip", "plain"):
+            found += [_variant(name, kernel, d, torch.bfloat16, shape) for kernel in _MAIN_KERNELS]
+    for dtype in (torch.float16, torch.float32):
+        found += [_variant(name, kernel, d, dtype, "skip") for kernel in _MAIN_KERNELS for d in (64, 128)]
+    found += [_variant(name, kernel, 128, torch.bfloat16, "skip", group=4) for kernel in _MAIN_KERNELS]
+    return found
+
+
+_MAIN_KERNELS = {"fwd": "fwd", "dq": "bwd_dq", "dkdv": "bwd_dkdv"}
+_SMALL_KERNELS = {k: k for k in ("bounds", "key_norm", "key_max", "order", "last_kept", "bwd_delta")}
+
+
+def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group: int = 1) -> Variant:
+    kernel = getattr(device, f"_flash_attention_{(_MAIN_KERNELS | _SMALL_KERNELS)[part]}_kernel")
+    tiles, short = _tiles(name, d, dtype), {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype), "fp32")
+    main = part in _MAIN_KERNELS
+    tile = getattr(tiles, part) if main else _Tile(tiles.fwd.m, tiles.fwd.n, 4, 1)
+    on = ("IDS", "DOCS", "PREFIX") if part == "bounds" else _SHAPES[shape]
+    tma = main and name in _TMA and d * dtype.itemsize % 16 == 0
+    values = {
+        "MODE": sum(getattr(device, flag).value for flag in on),
+        "GROUP": group,
+        "DH": d,
+        "D": _padded(d),
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "TILE_M": tiles.fwd.m,
+        "SKIP_N": tiles.skip,
+        "TMA": tma,
+        "PREC": "ieee",
+        "RHO": _product_error(dtype, "ieee"),
+        "WANT_DK": True,
+        "WANT_DV": group == 1,
+        "KEYS": True,
+        "TILE": tile.n,
+        "CHUNK": 1024,
+        "N": 32,
+        "BLOCKS": 32,
+        "TILES": 64,
+        "LSE_GRADIENT": False,
+    }
+    constants = {arg: values[arg] for arg in kernel.arg_names if arg in values}
+    if main:
+        constants |= {arg: None for arg, flag in _NEEDS.items() if arg in kernel.arg_names and flag not in on}
+        if "IDS" not in on and "PREFIX" not in on:
+            constants["BOUNDS"] = None
+    elif "DLSE" in kernel.arg_names:
+        constants["DLSE"] = None
+    signature = {arg: _TYPES.get(arg, "i32").format(short) for arg in kernel.arg_names if arg not in constants}
+    if tma:
+        blocks = {
+            arg: rows for arg, rows in (("Q", tile.m), ("K", tile.n), ("V", tile.n), ("DO", tile.m)) if arg in signature
+        }
+        signature |= {arg: f"tensordesc<{short}[1,1,{rows},{_padded(d)}]>" for arg, rows in blocks.items()}
+    numbers = ("scale", "dropout_p", "share", "B", "H", "G", "tiles", "start_tiles", "blocks", "chunks", "n")
+    divisible = tuple(a for a in signature if a not in numbers and not signature[a].startswith("tensordesc"))
+    label = f"{part} D{d} {short} {shape if main else ''} {tile.m}x{tile.n} warps {tile.warps} group {group}"
+    options = {"enable_fp_fusion": True} if main else {}
+    warps, stages = (tile.warps, tile.stages) if main else (4, 3)
+    scores = tile.m * tile.n if main else None
+    return Variant("flash_attention", label, kernel, signature, constants, divisible, warps, stages, scores, options)
+
+
 # ---- the boundary ----------------------------------------------------------------------------------------------------
 
 
@@ -387,8 +481,8 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse, the first keys of tiles, and what sums to `kept`."""
     masks = (attention_mask, sequence_id, prefix_mask)
-    with no_autocast(q), torch.cuda.device_of(q):
-        rest = (causal, scale, window, query_offset, dropout_p)
+    with no_autocast(q), torch.cuda.placeof(q):
+        rest: Any = (causal, scale, window, query_offset, dropout_p)
         if triton:
             skips = _skips(q, k, slopes, query_offset, skip)
             return _flash_attention_fwd(q, k, v, _call(q, k, slopes, *masks, seed, *rest, skips))
@@ -401,7 +495,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, *rest: Any) -> tup
     query_offset, _, skip, triton = rest[-4:]
     lse = q.new_empty((b, h, s), dtype=wide(q.dtype))
     if not triton:
-        starts = (k.shape[2] * b, h // k.shape[2], (s + plain.CHUNK - 1) // plain.CHUNK)
+        starts: Any = (k.shape[2] * b, h // k.shape[2], (s + plain.CHUNK - 1) // plain.CHUNK)
         kept = q.new_empty((), dtype=torch.float32)
         return q.new_empty((b, s, h, d)), lse, q.new_empty(starts, dtype=torch.int32), kept
     tile = _tiles(architecture(q.device), d, q.dtype).fwd.m
@@ -434,8 +528,8 @@ def _op_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. out and lse: for Triton alone."""
     masks = (attention_mask, sequence_id, prefix_mask)
-    with no_autocast(q), torch.cuda.device_of(q):
-        rest = (causal, scale, window, query_offset, dropout_p)
+    with no_autocast(q), torch.cuda.placeof(q):
+        rest: Any = (causal, scale, window, query_offset, dropout_p)
         if triton:
             assert out is not None and lse is not None
             call = _call(q, k, slopes, *masks, seed, *rest, starts.numel() > 0)

@@ -15,6 +15,8 @@ Skipping raises the lower end: keys before `start`, one number per tile that the
 2^-24 of every row (`_first_kept`). dQ reads it, dK/dV its inverse (`_last_kept_kernel`).
 """
 
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 
@@ -635,16 +637,16 @@ def _flash_attention_bwd_dq_kernel(
         lo = tl.maximum(lo, tl.load(START + head * start_tiles + start_m // TILE_M))
     if WINDOW & MODE or IDS & MODE:
         dq = _dq_loop(
-            dq, q, do, lse, delta, qid, K, V, KEY_IDS, PREFIX_MASK, SEED, b, hk, head, skn, svn, lo, full_lo, T, start_m,
-            off, window, dropout_p, qk_scale, slope2, True, MODE, DH, D, BLOCK_M, BLOCK_N, TMA, PREC,
+            dq, q, do, lse, delta, qid, K, V, KEY_IDS, PREFIX_MASK, SEED, b, hk, head, skn, svn, lo, full_lo, T,
+            start_m, off, window, dropout_p, qk_scale, slope2, True, MODE, DH, D, BLOCK_M, BLOCK_N, TMA, PREC,
         )  # fmt: skip
     dq = _dq_loop(
         dq, q, do, lse, delta, qid, K, V, KEY_IDS, PREFIX_MASK, SEED, b, hk, head, skn, svn, tl.maximum(full_lo, lo),
         full_hi, T, start_m, off, window, dropout_p, qk_scale, slope2, False, MODE, DH, D, BLOCK_M, BLOCK_N, TMA, PREC,
     )  # fmt: skip
     dq = _dq_loop(
-        dq, q, do, lse, delta, qid, K, V, KEY_IDS, PREFIX_MASK, SEED, b, hk, head, skn, svn, tl.maximum(full_hi, lo), hi,
-        T, start_m, off, window, dropout_p, qk_scale, slope2, True, MODE, DH, D, BLOCK_M, BLOCK_N, TMA, PREC,
+        dq, q, do, lse, delta, qid, K, V, KEY_IDS, PREFIX_MASK, SEED, b, hk, head, skn, svn, tl.maximum(full_hi, lo),
+        hi, T, start_m, off, window, dropout_p, qk_scale, slope2, True, MODE, DH, D, BLOCK_M, BLOCK_N, TMA, PREC,
     )  # fmt: skip
     _store_rows(DQ, dq * scale, b, h, start_m, H, S, DH, D, BLOCK_M)
 
@@ -656,7 +658,9 @@ def _dkdv_loop(
     MODE: tl.constexpr, DH: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TILE_M: tl.constexpr,
     TMA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Scores as (queries, keys): what belongs to a row costs few registers then; p and ds pass through shared memory."""
+    """Scores as (queries, keys): what belongs to a row costs few registers then, and p and ds pass through shared
+    memory.
+    """
     rel = tl.arange(0, M)
     cols = n0 + tl.arange(0, N)
     cb = tl.arange(0, N).to(tl.float32) * slope2
@@ -718,7 +722,7 @@ def _flash_attention_bwd_dkdv_kernel(
     lo, full_lo, full_hi, end = _row_range(
         _of_tile(BOUNDS, b * tiles + t, MODE), n0, off, S, window, MODE, BLOCK_M, BLOCK_N
     )
-    for g in range(0, GROUP):
+    for g in range(GROUP):
         h = hk * GROUP + g
         head = b * H + h
         slope2 = _slope(SLOPES, h, MODE) * LOG2E

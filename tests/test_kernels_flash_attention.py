@@ -1,5 +1,5 @@
-"""Attention on the torch path: outputs and gradients against the float64 reference, masks in combination, exact skipping, dropout, the
-boundary with autograd.
+"""Attention on the torch path: outputs and gradients against the float64 reference, masks in combination, exact
+skipping, dropout, the boundary with autograd.
 """
 
 import math

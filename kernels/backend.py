@@ -18,7 +18,7 @@ Implementation = Literal["triton", "torch", "reference"]
 NAMES = ("auto", "triton", "torch", "reference")
 TRITON_ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx90a", "gfx942")
 WITH_TRITON = frozenset(  # operations that have Triton kernels
-    {"decode_attention", "layer_norm", "lion_step", "rms_norm", "update_key_norms"}
+    {"decode_attention", "flash_attention", "layer_norm", "lion_step", "rms_norm", "update_key_norms"}
 )
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,8 +32,11 @@ def set_default(name: str) -> None:
     _default = name
 
 
-def choose(op: str, tensor: Tensor, override: str | None = None) -> Implementation:
-    """The implementation of `op` for a call on `tensor`. ValueError on a name that is unknown or cannot run it."""
+def choose(op: str, tensor: Tensor, override: str | None = None, *, unfit: str | None = None) -> Implementation:
+    """The implementation of `op` for a call on `tensor`. unfit: what else keeps Triton from running it, in words.
+
+    ValueError on a name that is unknown, or that cannot run it.
+    """
     source, name = "backend", override
     if name is None:
         source, name = "MPT_KERNELS", os.environ.get("MPT_KERNELS")
@@ -44,7 +47,7 @@ def choose(op: str, tensor: Tensor, override: str | None = None) -> Implementati
         return "reference"
     if name == "torch" or (name == "auto" and tensor.device.type != "cuda"):
         return "torch"
-    problem = _triton_problem(op, tensor)
+    problem = _triton_problem(op, tensor) or unfit
     if name == "triton" and problem:
         raise ValueError(f"{source} is 'triton', but {op} cannot run there: {problem}; use 'auto' or 'torch'")
     return "torch" if problem else "triton"

@@ -2,229 +2,129 @@
 
     s_ij = softmax_scale * q_i.k_j - m_h * |i - j|        i, j positions: query i of the call lies at query_offset + i
     p_ij = exp(s_ij - lse_i) over the visible j,  lse_i = log sum_j exp(s_ij),  out_i = sum_j p_ij v_j
+    dv_j = sum_i p_ij do_i,  ds_ij = p_ij (do_i.v_j - do_i.out_i + dlse_i),  dq_i = softmax_scale sum_j ds_ij k_j, ...
 
 Layouts: q and out (B, S, H, D), k and v (B, T, G, D) with H % G == 0 (query head h reads kv head h // (H/G)), lse (B,
 H, S). Scores, bias, softmax and lse are in fp32 (float64 for float64); probabilities are cast to v's dtype, as MPT
-does. Saved for the backward: q, k, v and each chunk's first key; it recomputes the probabilities.
+does.
 
-The torch path works on tiles: CHUNK queries of a few heads against the range of keys they need. Bias, causality and
-window depend on j - i alone, so each head has one vector of them and a tile's bias is an overlapping view of that
-vector; for its strides to be positive the queries lie in reverse order. Key ranges come from `alibi.first_kept` (exact
-skipping, see there) and from the masks; the backward walks the forward's tiles.
+Triton (kernels in flash_attention_kernels.py): online softmax over tiles, and a backward that recomputes the
+probabilities from q, k and lse in one kernel for dq and one for dk and dv, without atomics: it repeats itself bit by
+bit. Saved: q, k, v, out, lse and each tile's first key. q, k, v are read through their strides (views of one Wqkv
+output need no copy), on sm_90 and sm_100 by TMA where addresses and strides are multiples of 16 bytes; a tensor whose
+last stride is not 1, or which alone is not aligned, is copied. Elsewhere: flash_attention_torch.py.
 
-The online-softmax literature: Dao et al. 2022 (arXiv 2205.14135); on a CPU whole rows of a tile fit, so each tile's
-softmax is the plain one.
+Skipping is on the left of the diagonal: with `prefix_mask` or without causality, keys to the right are all read, and
+serve in the bound as other near keys do.
+
+Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (arXiv 2307.08691); ALiBi: Press et al. 2022 (arXiv 2108.12409).
 """
 
-from collections.abc import Iterator
+import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels import flash_attention_kernels as device
+from kernels import flash_attention_torch as plain
 from kernels import reference
-from kernels.alibi import Rules, first_kept
 from kernels.backend import (
+    architecture,
     autocast_dtype,
     check_dtypes,
     check_tensors,
     choose,
     no_autocast,
+    on_device,
     refuse_second_derivative,
     wide,
 )
+from kernels.compile import Variant
 
-CHUNK = 128  # queries of a tile
-_CPU_ELEMENTS = 2**18  # scores of a tile: they stay in the cache
-_GPU_ELEMENTS = 2**25
-_SMALL = 2**16  # below this a tile costs more in calls than in arithmetic: neighbours are joined
+# ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
 class _Tile(NamedTuple):
-    """Heads n0..n1 of the folded (kv head, batch) dimension, query heads r0..r1 of each, keys a..b."""
-
-    n0: int
-    n1: int
-    r0: int
-    r1: int
-    a: int
-    b: int
+    m: int  # queries
+    n: int  # keys
+    warps: int
+    stages: int
 
 
-class _Chunk(NamedTuple):
-    """Queries first..last; rows: where they lie in reversed tensors; see: (B, rows, keys) bool, or None where the bias
-    vector says it all.
-    """
+class _Tiles(NamedTuple):
+    """m of fwd is a multiple of the others'; the n of each divides `skip`."""
 
-    first: int
-    last: int
-    rows: slice
-    see: Tensor | None
-    tiles: list[_Tile]
+    fwd: _Tile
+    dq: _Tile
+    dkdv: _Tile
 
-
-# ---- which tiles -----------------------------------------------------------------------------------------------------
+    @property
+    def skip(self) -> int:
+        """Keys in a block that is kept or skipped."""
+        return max(64, self.fwd.n) if self.fwd.m > 32 else self.fwd.n
 
 
-def _walk(
-    starts: list[list[list[int]]], batch: int, queries: int, keys: int, rules: Rules, limit: int
-) -> Iterator[_Chunk]:
-    """The chunks with their tiles. A pure function of its arguments: forward and backward see the same pairs."""
-    off, window = rules.query_offset, rules.window
-    for c, first in enumerate(range(0, queries, CHUNK)):
-        last = min(first + CHUNK, queries)
-        low = 0 if window is None else min(max(0, off + first - window + 1), keys)
-        high = min(off + last, keys) if rules.causal and rules.prefix_mask is None else keys
-        high = high if window is None else min(high, off + last - 1 + window)
-        see, lows, highs = None, [low] * batch, [high] * batch
-        if rules.masked:
-            see = _visible(rules, first, last, keys).flip(1)
-            some = see.any(1)
-            lows = some.int().argmax(1).tolist()
-            highs = torch.where(some.any(1), keys - some.flip(1).int().argmax(1), 0).tolist()
-        tiles: list[_Tile] = []
-        begin = [[max(s[c], lows[n % batch]) for s in row] for n, row in enumerate(starts)]
-        end = [highs[n % batch] for n in range(len(starts))]
-        if len(starts[0]) == 1:  # as many kv heads as heads: a tile spans heads and batch
-            runs = _runs([row[0] for row in begin], end, last - first, limit)
-            tiles = [_Tile(i, j, 0, 1, a, b) for i, j, a, b in runs]
-        else:  # query heads that share k and v: a tile stays within one kv head
-            for n, row in enumerate(begin):
-                runs = _runs(row, [end[n]] * len(row), last - first, limit)
-                tiles += [_Tile(n, n + 1, i, j, a, b) for i, j, a, b in runs]
-        yield _Chunk(first, last, slice(queries - last, queries - first), see, tiles)
+_SMALL = _Tiles(_Tile(32, 32, 4, 1), _Tile(32, 32, 4, 1), _Tile(32, 32, 4, 1))
+# By head dimension, padded to a power of two and at least 64, for fp16 and bf16; then for fp32.
+_TILES: dict[str, dict[int, _Tiles]] = {
+    "sm_90": {
+        64: _Tiles(_Tile(128, 128, 8, 2), _Tile(128, 64, 8, 2), _Tile(128, 64, 8, 2)),
+        128: _Tiles(_Tile(128, 64, 8, 2), _Tile(128, 64, 8, 2), _Tile(128, 64, 8, 2)),
+        256: _Tiles(_Tile(128, 64, 8, 2), _Tile(64, 64, 8, 1), _Tile(64, 64, 8, 1)),
+    },
+}
+_TILES_FP32: dict[str, dict[int, _Tiles]] = {}
+_TMA = {"sm_90", "sm_100"}
 
 
-def _runs(begin: list[int], end: list[int], rows: int, limit: int) -> list[tuple[int, int, int, int]]:
-    """(i, j, a, b): neighbours i..j with one range of keys a..b. Equal ranges are joined up to `limit` scores, others
-    where the result is small.
-    """
-    runs: list[tuple[int, int, int, int]] = []
-    for i, (a, b) in enumerate(zip(begin, end)):
-        if a >= b:
-            continue
-        if runs and runs[-1][1] == i:
-            i0, _, a0, b0 = runs[-1]
-            a1, b1 = min(a, a0), max(b, b0)
-            size = (i + 1 - i0) * rows * (b1 - a1)
-            if size <= (limit if (a0, b0) == (a, b) else _SMALL):
-                runs[-1] = (i0, i + 1, a1, b1)
-                continue
-        runs.append((i, i + 1, a, b))
-    return runs
+def _tiles(name: str, d: int, dtype: torch.dtype) -> _Tiles:
+    """The tiles for an architecture's name and a head dimension."""
+    table = (_TILES_FP32 if dtype == torch.float32 else _TILES).get(name)
+    return _SMALL if table is None else table[max(64, triton.next_power_of_2(d))]
 
 
-def _visible(rules: Rules, first: int, last: int, keys: int) -> Tensor:
-    """Bool (B, last - first, T)."""
-    given = rules._asdict() | {"query_offset": rules.query_offset + first}
-    device = next(m.device for m in (rules.attention_mask, rules.sequence_id, rules.prefix_mask) if m is not None)
-    return reference.visible_pairs(last - first, keys, **given, device=device)[:, 0]
-
-
-# ---- a tile ----------------------------------------------------------------------------------------------------------
-
-
-class _Bias(NamedTuple):
-    """Per folded head a vector over j - i, from -(S + query_offset) up; `none` where there is nothing to add."""
-
-    vector: Tensor  # (N, R, length)
-    zero: int  # where j - i = 0 lies
-    none: bool
-
-
-def _bias(
-    slopes: Tensor | None, n: int, r: int, batch: int, queries: int, keys: int, rules: Rules, like: Tensor
-) -> _Bias:
-    zero = queries + rules.query_offset
-    away = torch.arange(-zero, keys, device=like.device, dtype=torch.long)
-    bias = torch.zeros(1, 1, len(away), device=like.device, dtype=like.dtype)
-    if slopes is not None:
-        bias = _fold_slopes(slopes.to(like.dtype), n, r, batch)[..., None] * -away.abs()
-    if not rules.masked and rules.causal:
-        bias = bias.masked_fill(away > 0, float("-inf"))
-    if not rules.masked and rules.window is not None:
-        bias = bias.masked_fill(away.abs() >= rules.window, float("-inf"))
-    none = slopes is None and (rules.masked or (not rules.causal and rules.window is None))
-    return _Bias(bias.expand(n, r, -1).contiguous(), zero, none)
-
-
-def _fold_slopes(slopes: Tensor, n: int, r: int, batch: int) -> Tensor:
-    """(H,) -> (N, R)."""
-    return slopes.view(n // batch, 1, r).expand(-1, batch, -1).reshape(n, r)
-
-
-def _scores(q: Tensor, k: Tensor, chunk: _Chunk, tile: _Tile, bias: _Bias, batch: int, offset: int) -> Tensor:
-    """(n, r, rows, keys) in the dtype of q (N, R, S, D) and k (N, T, D): scores with bias, -inf where invisible."""
-    n0, n1, r0, r1, a, b = tile
-    rows = chunk.last - chunk.first
-    s = torch.bmm(_rows(q, chunk, tile), k[n0:n1, a:b].mT).view(n1 - n0, r1 - r0, rows, b - a)
-    if not bias.none:
-        v = bias.vector
-        begin = bias.zero + a - (offset + chunk.last - 1)  # the first row of the tile is the last query
-        s += v[n0:n1, r0:r1].as_strided(s.shape, (v.stride(0), v.stride(1), 1, 1), v[n0, r0, begin].storage_offset())
-    if chunk.see is not None:
-        of = torch.arange(n0, n1, device=s.device) % batch
-        s.masked_fill_(~chunk.see[of, :, a:b][:, None], float("-inf"))
-    return s
-
-
-def _softmax(s: Tensor, may_be_blind: bool) -> Tensor:
-    """Over the keys of the tile; a row that sees none gives zeros. Changes s."""
-    if not may_be_blind:
-        return torch.softmax(s, -1)
-    blind = (s == float("-inf")).all(-1, keepdim=True)
-    return torch.softmax(s.masked_fill_(blind, 0.0), -1).masked_fill_(blind, 0.0)
-
-
-def _rows(x: Tensor, chunk: _Chunk, tile: _Tile) -> Tensor:
-    """The tile's queries of x (N, R, S, D): (n, r * rows, D)."""
-    part = x[tile.n0 : tile.n1, tile.r0 : tile.r1, chunk.rows]
-    return part.reshape(part.shape[0], -1, part.shape[-1])
-
-
-# ---- forward and backward on folded tensors --------------------------------------------------------------------------
-
-
-def _fold(x: Tensor, heads: int) -> Tensor:
-    """(B, S, heads * R, D) -> (N, R, S, D), queries reversed, contiguous."""
-    b, s, h, d = x.shape
-    x = x.flip(1).view(b, s, heads, h // heads, d)
-    return x.permute(2, 0, 3, 1, 4).reshape(heads * b, h // heads, s, d)
-
-
-def _unfold(x: Tensor, batch: int) -> Tensor:
-    """Its inverse, contiguous, as the operators' fakes say."""
-    n, r, s, d = x.shape
-    x = x.view(n // batch, batch, r, s, d).permute(1, 3, 0, 2, 4).reshape(batch, s, -1, d)
-    return x.flip(1).contiguous()
+# ---- launchers -------------------------------------------------------------------------------------------------------
 
 
 class _Call(NamedTuple):
     """What a call and its backward share, beside q, k, v."""
 
-    rules: Rules
+    mode: int  # bits of flash_attention_kernels
+    tiles: _Tiles
+    precision: str  # of fp32 products
     slopes: Tensor | None
+    order: Tensor | None  # heads in the order in which programs take them
+    kv_order: Tensor | None
+    key_ids: Tensor | None
+    query_ids: Tensor | None
+    prefix_mask: Tensor | None
+    seed: Tensor | None
     scale: float
     dropout_p: float
-    seed: Tensor | None
+    offset: int
+    window: int
 
-    def generator(self, device: torch.device) -> torch.Generator | None:
-        if self.seed is None:
-            return None
-        generator = torch.Generator(device)
-        generator.manual_seed(int(self.seed))
-        return generator
+    @property
+    def skips(self) -> bool:
+        return bool(self.mode & device.SKIP.value)
 
-    def keep(self, like: Tensor, generator: torch.Generator | None) -> Tensor | None:
-        """1/(1-p) where a probability survives the dropout, else 0. Tiles come in the same order in the backward, so
-        this repeats itself.
-        """
-        if generator is None:
-            return None
-        return torch.empty_like(like).bernoulli_(1 - self.dropout_p, generator=generator).div_(1 - self.dropout_p)
+    def masks(self) -> tuple[Tensor | None, ...]:
+        return self.key_ids, self.query_ids, self.prefix_mask
+
+
+def _skips(q: Tensor, k: Tensor, slopes: Tensor | None, query_offset: int, skip: bool) -> bool:
+    """Whether a call looks for keys to skip: not where the blocks near the diagonal are nearly all."""
+    granule = _tiles(architecture(q.device), q.shape[-1], q.dtype).skip
+    return skip and slopes is not None and min(query_offset + q.shape[1], k.shape[1]) > 4 * granule
 
 
 def _call(
+    q: Tensor,
+    k: Tensor,
     slopes: Tensor | None,
     attention_mask: Tensor | None,
     sequence_id: Tensor | None,
@@ -235,84 +135,333 @@ def _call(
     window: int | None,
     query_offset: int,
     dropout_p: float,
+    skip: bool,
 ) -> _Call:
-    if attention_mask is not None and bool(attention_mask.all()):
-        attention_mask = None
-    rules = Rules(causal, window, query_offset, attention_mask, sequence_id, prefix_mask)
-    return _Call(rules, slopes, scale, dropout_p, seed if dropout_p else None)
+    flags = {
+        device.CAUSAL: causal,
+        device.WINDOW: window is not None,
+        device.IDS: attention_mask is not None or sequence_id is not None,
+        device.DOCS: sequence_id is not None,
+        device.PREFIX: prefix_mask is not None,
+        device.ALIBI: slopes is not None,
+        device.DROPOUT: dropout_p > 0,
+        device.SKIP: skip,
+        device.EXACT: q.dtype == torch.float32,
+    }
+    mode = sum(int(bit.value) for bit, on in flags.items() if on)
+    query_ids = key_ids = None
+    if sequence_id is not None:
+        ids = sequence_id.long()
+        low = (ids ^ ((ids >> 31) * 0x2545F4914F6CDD1D >> 20)) & 0x7FFFFFFF  # the id itself, if below 2^31
+        query_ids = key_ids = torch.where(ids < 0, -1, low).int().contiguous()
+    if attention_mask is not None:
+        key_ids = torch.where(attention_mask, 0 if query_ids is None else query_ids, -1).int().contiguous()
+    prefix_mask = None if prefix_mask is None else prefix_mask.to(torch.int8).contiguous()
+    slopes = None if slopes is None else slopes.to(q.device, torch.float32).contiguous()
+    order, kv_order = (
+        _order(slopes, g) if skip and slopes is not None else None for g in (1, q.shape[2] // k.shape[2])
+    )
+    window = min(window or 0, query_offset + q.shape[1] + k.shape[1])
+    tiles = _tiles(architecture(q.device), q.shape[-1], q.dtype)
+    precision = "tf32" if q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    seed = seed.to(q.device) if seed is not None and dropout_p > 0 else None
+    masks = (key_ids, query_ids, prefix_mask, seed)
+    return _Call(mode, tiles, precision, slopes, order, kv_order, *masks, scale, dropout_p, query_offset, window)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, call: _Call, skip: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (B, S, H, D), lse (B, H, S), starts (N, R, chunks), kept ()."""
-    (batch, queries, h, d), (keys, g) = q.shape, k.shape[1:3]
-    n, r, up, rules = g * batch, h // g, wide(q.dtype), call.rules
-    qs = _fold(q, g).to(up) * call.scale
-    kf, vf = (x.permute(2, 0, 1, 3).reshape(n, keys, -1) for x in (k.to(up), v))
-    starts = torch.zeros(n, r, -(-queries // CHUNK), dtype=torch.int32, device=q.device)
-    if skip and call.slopes is not None and queries + rules.query_offset > 2 * CHUNK:
-        bits = 53 if up == torch.float64 else 24
-        slopes = _fold_slopes(call.slopes.to(q.device), n, r, batch)
-        starts = first_kept(qs.flip(2), kf, slopes, rules, chunk=CHUNK, bits=bits)
-    bias = _bias(call.slopes, n, r, batch, queries, keys, rules, qs)
-    out = torch.zeros(n, r, queries, d, dtype=v.dtype, device=v.device)
-    lse = torch.full((n, r, queries), float("-inf"), dtype=up, device=q.device)
-    generator, done, whole = call.generator(q.device), 0, 0
-    may_be_blind = rules.masked or rules.window is not None
-    limit = _CPU_ELEMENTS if q.device.type == "cpu" else _GPU_ELEMENTS
-    for chunk in _walk(starts.tolist(), batch, queries, keys, rules, limit):
-        rows = chunk.last - chunk.first
-        causal = rules.causal and rules.prefix_mask is None
-        whole += n * r * rows * (min(keys, rules.query_offset + chunk.last) if causal else keys)
-        for tile in chunk.tiles:
-            n0, n1, r0, r1, a, b = tile
-            s = _scores(qs, kf, chunk, tile, bias, batch, rules.query_offset)
-            top = s.amax(-1)
-            p = _softmax(s, may_be_blind)
-            largest = p.amax(-1)  # 1 / sum exp(s - top)
-            lse[n0:n1, r0:r1, chunk.rows] = top - largest.clamp_min_(1e-30).log_()
-            keep = call.keep(p, generator)
-            p = p if keep is None else p.mul_(keep)
-            o = torch.bmm(p.to(v.dtype).flatten(1, 2), vf[n0:n1, a:b])
-            out[n0:n1, r0:r1, chunk.rows] = o.view(n1 - n0, r1 - r0, rows, -1)
-            done += s.numel()
-    kept = torch.tensor(done / max(whole, 1), dtype=torch.float32, device=q.device)
-    return _unfold(out, batch), _unfold(lse[..., None], batch)[..., 0].mT.contiguous(), starts, kept
+def _order(slopes: Tensor, group: int) -> Tensor:
+    """(H / group,): by ascending slope."""
+    n = len(slopes) // group
+    order = torch.empty(n, dtype=torch.int32, device=slopes.device)
+    device._flash_attention_order_kernel[(1,)](order, slopes, n, GROUP=group, N=triton.next_power_of_2(n))
+    return order
 
 
-def _attend_backward(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, call: _Call
+def _bounds(call: _Call, batch: int, s: int, t: int, tile: int, keys: bool) -> Tensor | None:
+    """Where each tile of rows (keys: of keys) has something to see, (B, tiles, 4); None without masks."""
+    if all(mask is None for mask in call.masks()):
+        return None
+    tiles = triton.cdiv(t if keys else s, tile)
+    bounds = torch.empty(
+        batch, tiles, 4, dtype=torch.int32, device=next(m for m in call.masks() if m is not None).device
+    )
+    chunk = min(1024, triton.next_power_of_2(s if keys else t))
+    args = (bounds, *call.masks(), s, t, call.offset, tiles)
+    device._flash_attention_bounds_kernel[(batch * tiles,)](*args, MODE=call.mode, KEYS=keys, TILE=tile, CHUNK=chunk)
+    return bounds
+
+
+def _key_max(k: Tensor, block: int) -> Tensor:
+    """(B, G, blocks + 1): entry c is the largest norm of the keys before block c."""
+    (b, t, g, d), blocks = k.shape, triton.cdiv(k.shape[1], block)
+    key_max = torch.empty(b, g, blocks + 1, dtype=torch.float32, device=k.device)
+    args = (key_max, k, t, g, blocks, *_strides(k))
+    device._flash_attention_key_norm_kernel[(b * g * blocks,)](*args, DH=d, D=_padded(d), SKIP_N=block)
+    chunk = min(1024, triton.next_power_of_2(blocks + 1))
+    device._flash_attention_key_max_kernel[(b * g,)](key_max, blocks + 1, CHUNK=chunk)
+    return key_max
+
+
+def _padded(d: int) -> int:
+    return max(16, triton.next_power_of_2(d))
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Of batch, head and row of x (B, S, H, D)."""
+    return x.stride(0), x.stride(2), x.stride(1)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether TMA can read it."""
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.itemsize % 16 == 0 for stride in strides)
+
+
+def _readable(*tensors: Tensor) -> tuple[bool, list[Tensor]]:
+    """Whether TMA reads them; the tensors, copied where a last stride is not 1 or where one alone is not aligned."""
+    found = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    if architecture(found[0].device) not in _TMA or found[0].shape[-1] * found[0].itemsize % 16:
+        return False, found
+    return True, [x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in found]
+
+
+def _source(x: Tensor, rows: int, tma: bool) -> Any:
+    """x (B, S, H, D) as the kernels take it: a descriptor of (B, H, S, D) in blocks of `rows`, or a pointer."""
+    if not tma:
+        return x
+    strides = [stride if size > 1 else 16 for stride, size in zip(x.stride(), x.shape)]
+    order = (0, 2, 1, 3)
+    block = [1, 1, rows, _padded(x.shape[-1])]
+    return TensorDescriptor(x, [x.shape[i] for i in order], [*(strides[i] for i in order[:3]), 1], block)
+
+
+@functools.cache
+def _pairs(s: int, t: int, offset: int, tile: int, triangular: bool) -> int:
+    """Query-key pairs of a head in a call without masks, in tiles of rows."""
+    ends = [min(first + tile, s) for first in range(0, s, tile)]
+    return sum((end - i * tile) * (min(t, offset + end) if triangular else t) for i, end in enumerate(ends))
+
+
+def _flash_attention_fwd(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (B, S, H, D), lse (B, H, S), the first key of each tile (empty without skipping), each tile's share in `kept`
+    (B, H, tiles).
+    """
+    (b, s, h, d), (t, g), tile = q.shape, k.shape[1:3], call.tiles.fwd
+    tiles, blocks, skip = triton.cdiv(s, tile.m), triton.cdiv(t, call.tiles.skip), call.skips
+    out = torch.empty(b, s, h, d, dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
+    share = torch.empty(b, h, tiles, dtype=torch.float32, device=q.device)
+    starts = torch.empty(share.shape if skip else 0, dtype=torch.int32, device=q.device)
+    if out.numel() == 0:
+        return out, lse, starts, share
+    triangular = bool(device.CAUSAL.value & call.mode) and call.prefix_mask is None
+    unit = 1 / (b * h * max(1, _pairs(s, t, call.offset, tile.m, triangular)))
+    key_max = _key_max(k if k.stride(-1) == 1 else k.contiguous(), call.tiles.skip) if skip else None
+    bounds = _bounds(call, b, s, t, tile.m, keys=False)
+    tma, (q, k, v) = _readable(q, k, v)
+    device._flash_attention_fwd_kernel[(tiles * b * h,)](
+        *(_source(x, rows, tma) for x, rows in ((q, tile.m), (k, tile.n), (v, tile.n))),
+        *(out, lse, starts, share, key_max, bounds, *call.masks(), call.slopes, call.order, call.seed),
+        *(call.scale, call.dropout_p, unit, b, h, s, t, call.offset, call.window, tiles, blocks),
+        *(*_strides(q), *_strides(k), *_strides(v)),
+        MODE=call.mode,
+        GROUP=h // g,
+        DH=d,
+        D=_padded(d),
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        SKIP_N=call.tiles.skip,
+        RHO=_product_error(q.dtype, call.precision),
+        TMA=tma,
+        PREC=call.precision,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
+    return out, lse, starts, share
+
+
+def _product_error(dtype: torch.dtype, precision: str) -> float:
+    """A bound on the relative error of a product q.k."""
+    return 2.0**-8 if dtype == torch.float32 and precision != "ieee" else 2.0**-12
+
+
+def _flash_attention_bwd(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    call: _Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, queries, h, d), (keys, g) = q.shape, k.shape[1:3]
-    n, r, up, rules = g * batch, h // g, wide(q.dtype), call.rules
-    dlse = None if dlse is None else _fold(dlse.mT[..., None], g)
-    qf, do = _fold(q, g), _fold(do.to(v.dtype), g)
-    qs = qf.to(up) * call.scale
-    kf, vf = (x.permute(2, 0, 1, 3).reshape(n, keys, -1) for x in (k, v))
-    ku = kf.to(up)
-    bias = _bias(call.slopes, n, r, batch, queries, keys, rules, qs)
-    dq = torch.zeros_like(qs)
-    # (D, T): matrix products this way round are faster
-    dk, dv = (torch.zeros(n, d, keys, dtype=up, device=q.device) for _ in range(2))
-    generator, may_be_blind = call.generator(q.device), rules.masked or rules.window is not None
-    limit = _CPU_ELEMENTS if q.device.type == "cpu" else _GPU_ELEMENTS
-    for chunk in _walk(starts.tolist(), batch, queries, keys, rules, limit):
-        for tile in chunk.tiles:
-            n0, n1, r0, r1, a, b = tile
-            at = (slice(n0, n1), slice(r0, r1), chunk.rows)
-            p = _softmax(_scores(qs, ku, chunk, tile, bias, batch, rules.query_offset), may_be_blind)
-            keep = call.keep(p, generator)
-            dropped = p if keep is None else p * keep
-            do_tile = _rows(do, chunk, tile)
-            dv[n0:n1, :, a:b] += torch.bmm(do_tile.mT, dropped.to(v.dtype).flatten(1, 2))
-            dp = torch.bmm(do_tile, vf[n0:n1, a:b].mT).to(up).view(p.shape)
-            dp = dp if keep is None else dp.mul_(keep)
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, up)
-            ds = (ds if dlse is None else ds.addcmul_(p, dlse[at])).to(q.dtype).flatten(1, 2)
-            dq[at] = torch.bmm(ds, kf[n0:n1, a:b]).view(dq[at].shape).to(up)
-            dk[n0:n1, :, a:b] += torch.bmm(_rows(qf, chunk, tile).mT, ds)
-    dq, dk = dq.mul_(call.scale).to(q.dtype), dk.mul_(call.scale).to(k.dtype)
-    dk, dv = (x.view(g, batch, d, keys).permute(1, 3, 0, 2).contiguous() for x in (dk, dv.to(v.dtype)))
-    return _unfold(dq, batch), dk, dv
+    (b, s, h, d), (t, g), tiles = q.shape, k.shape[1:3], call.tiles
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if q.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    start_tiles, blocks, skip = (
+        triton.cdiv(s, tiles.fwd.m),
+        triton.cdiv(t, tiles.skip),
+        bool(device.SKIP.value & call.mode),
+    )
+    lse2, delta = (torch.empty(b, h, start_tiles * tiles.fwd.m, dtype=torch.float32, device=q.device) for _ in range(2))
+    tma, (q, k, v, do) = _readable(q, k, v, do.to(q.dtype))
+    dlse = None if dlse is None else dlse.contiguous()
+    device._flash_attention_bwd_delta_kernel[(b * h * start_tiles,)](
+        *(out, do, lse, dlse, lse2, delta, h, s, start_tiles, *_strides(do)),
+        LSE_GRADIENT=dlse is not None,
+        MODE=call.mode,
+        DH=d,
+        D=_padded(d),
+        BLOCK_M=tiles.fwd.m,
+    )
+    last = _last_kept(starts, blocks, tiles.skip) if skip else None
+    common = {
+        "MODE": call.mode,
+        "GROUP": h // g,
+        "DH": d,
+        "D": _padded(d),
+        "TILE_M": tiles.fwd.m,
+        "TMA": tma,
+        "PREC": call.precision,
+        "enable_fp_fusion": True,
+    }
+    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(do))
+    for want_dk, want_dv in [(True, True)] if h == g else [(True, False), (False, True)]:
+        tile = tiles.dkdv
+        n = triton.cdiv(t, tile.n)
+        device._flash_attention_bwd_dkdv_kernel[(n * b * g,)](
+            *(_source(x, rows, tma) for x, rows in ((q, tile.m), (k, tile.n), (v, tile.n), (do, tile.m))),
+            *(dk, dv, lse2, delta, starts, last, _bounds(call, b, s, t, tile.n, keys=True), *call.masks()),
+            *(call.slopes, call.kv_order, call.seed, call.scale, call.dropout_p, b, h, s, t, call.offset, call.window),
+            *(n, start_tiles, blocks, *strides),
+            **common,
+            WANT_DK=want_dk,
+            WANT_DV=want_dv,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            SKIP_N=tiles.skip,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    tile = tiles.dq
+    n = triton.cdiv(s, tile.m)
+    device._flash_attention_bwd_dq_kernel[(n * b * h,)](
+        *(_source(x, rows, tma) for x, rows in ((q, tile.m), (k, tile.n), (v, tile.n), (do, tile.m))),
+        *(dq, lse2, delta, starts, _bounds(call, b, s, t, tile.m, keys=False), *call.masks()),
+        *(call.slopes, call.order, call.seed, call.scale, call.dropout_p, b, h, s, t, call.offset, call.window),
+        *(n, start_tiles, *strides),
+        **common,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return dq, dk, dv
+
+
+def _last_kept(starts: Tensor, blocks: int, block: int) -> Tensor:
+    """(B, H, blocks): the last tile of rows that keeps each block of keys."""
+    b, h, tiles = starts.shape
+    last = torch.empty(b, h, blocks, dtype=torch.int32, device=starts.device)
+    chunks = triton.cdiv(blocks, 32)
+    shape = {"SKIP_N": block, "BLOCKS": 32, "TILES": min(64, triton.next_power_of_2(tiles))}
+    device._flash_attention_last_kept_kernel[(b * h * chunks,)](last, starts, tiles, blocks, chunks, **shape)
+    return last
+
+
+# ---- what is shipped, for ahead-of-time compilation ------------------------------------------------------------------
+
+_SHAPES = {  # flags of MODE, by name
+    "skip": ("CAUSAL", "ALIBI", "SKIP"),
+    "alibi": ("CAUSAL", "ALIBI"),
+    "plain": ("CAUSAL",),
+    "documents": ("CAUSAL", "ALIBI", "SKIP", "IDS", "DOCS"),
+    "padding": ("CAUSAL", "ALIBI", "SKIP", "IDS"),
+    "all": ("CAUSAL", "ALIBI", "SKIP", "IDS", "DOCS", "PREFIX", "WINDOW", "DROPOUT"),
+}
+_TYPES = {
+    **dict.fromkeys(("O", "DQ", "DK", "DV", "Q", "K", "V", "DO"), "*{}"),
+    **dict.fromkeys(("LSE", "SHARE", "KEY_MAX", "SLOPES", "LSE2", "DELTA", "DLSE"), "*fp32"),
+    **dict.fromkeys(("START", "LAST", "BOUNDS", "KEY_IDS", "QUERY_IDS", "ORDER"), "*i32"),
+    "PREFIX_MASK": "*i8",
+    "SEED": "*i64",
+    "scale": "fp32",
+    "dropout_p": "fp32",
+    "share": "fp32",
+}
+_NEEDS = {"SLOPES": "ALIBI", "KEY_IDS": "IDS", "QUERY_IDS": "DOCS", "PREFIX_MASK": "PREFIX", "SEED": "DROPOUT"}
+_NEEDS |= dict.fromkeys(("KEY_MAX", "ORDER", "LAST"), "SKIP")
+
+
+def variants(name: str) -> list[Variant]:
+    """Every kernel with an inner loop for an architecture's name, and the small ones once."""
+    found = [_variant(name, kernel, d, torch.bfloat16, "skip") for kernel in _SMALL_KERNELS for d in (64, 128)]
+    for d in (32, 64, 80, 96, 112, 128, 256):
+        for shape in _SHAPES if d in (64, 128) else ("skip", "plain"):
+            found += [_variant(name, kernel, d, torch.bfloat16, shape) for kernel in _MAIN_KERNELS]
+    for dtype in (torch.float16, torch.float32):
+        found += [_variant(name, kernel, d, dtype, "skip") for kernel in _MAIN_KERNELS for d in (64, 128)]
+    found += [_variant(name, kernel, 128, torch.bfloat16, "skip", group=4) for kernel in _MAIN_KERNELS]
+    return found
+
+
+_MAIN_KERNELS = {"fwd": "fwd", "dq": "bwd_dq", "dkdv": "bwd_dkdv"}
+_SMALL_KERNELS = {k: k for k in ("bounds", "key_norm", "key_max", "order", "last_kept", "bwd_delta")}
+
+
+def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group: int = 1) -> Variant:
+    kernel = getattr(device, f"_flash_attention_{(_MAIN_KERNELS | _SMALL_KERNELS)[part]}_kernel")
+    tiles, short = _tiles(name, d, dtype), {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype), "fp32")
+    main = part in _MAIN_KERNELS
+    tile = getattr(tiles, part) if main else _Tile(tiles.fwd.m, tiles.fwd.n, 4, 1)
+    on = ("IDS", "DOCS", "PREFIX") if part == "bounds" else _SHAPES[shape]
+    on += ("EXACT",) if dtype == torch.float32 else ()
+    tma = main and name in _TMA and d * dtype.itemsize % 16 == 0
+    values = {
+        "MODE": sum(getattr(device, flag).value for flag in on),
+        "GROUP": group,
+        "DH": d,
+        "D": _padded(d),
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "TILE_M": tiles.fwd.m,
+        "SKIP_N": tiles.skip,
+        "TMA": tma,
+        "PREC": "ieee",
+        "RHO": _product_error(dtype, "ieee"),
+        "WANT_DK": True,
+        "WANT_DV": group == 1,
+        "KEYS": True,
+        "TILE": tile.n,
+        "CHUNK": 1024,
+        "N": 32,
+        "BLOCKS": 32,
+        "TILES": 64,
+        "LSE_GRADIENT": False,
+    }
+    constants = {arg: values[arg] for arg in kernel.arg_names if arg in values}
+    if main:
+        constants |= {arg: None for arg, flag in _NEEDS.items() if arg in kernel.arg_names and flag not in on}
+        if "IDS" not in on and "PREFIX" not in on:
+            constants["BOUNDS"] = None
+    elif "DLSE" in kernel.arg_names:
+        constants["DLSE"] = None
+    signature = {arg: _TYPES.get(arg, "i32").format(short) for arg in kernel.arg_names if arg not in constants}
+    if tma:
+        blocks = {
+            arg: rows for arg, rows in (("Q", tile.m), ("K", tile.n), ("V", tile.n), ("DO", tile.m)) if arg in signature
+        }
+        signature |= {arg: f"tensordesc<{short}[1,1,{rows},{_padded(d)}]>" for arg, rows in blocks.items()}
+    numbers = ("scale", "dropout_p", "share", "B", "H", "G", "tiles", "start_tiles", "blocks", "chunks", "n")
+    divisible = tuple(a for a in signature if a not in numbers and not signature[a].startswith("tensordesc"))
+    label = f"{part} D{d} {short} {shape if main else ''} {tile.m}x{tile.n} warps {tile.warps} group {group}"
+    options = {"enable_fp_fusion": True} if main else {}
+    warps, stages = (tile.warps, tile.stages) if main else (4, 3)
+    scores = tile.m * tile.n if main else None
+    return Variant("flash_attention", label, kernel, signature, constants, divisible, warps, stages, scores, options)
 
 
 # ---- the boundary ----------------------------------------------------------------------------------------------------
@@ -334,19 +483,31 @@ def _op(
     query_offset: int,
     dropout_p: float,
     skip: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with no_autocast(q):
-        masks = (attention_mask, sequence_id, prefix_mask)
-        call = _call(slopes, *masks, seed, causal, scale, window, query_offset, dropout_p)
-        return _attend(q, k, v, call, skip)
+    """out, lse, the first keys of tiles, and what sums to `kept`."""
+    masks = (attention_mask, sequence_id, prefix_mask)
+    with no_autocast(q), on_device(q):
+        rest: Any = (causal, scale, window, query_offset, dropout_p)
+        if triton:
+            skips = _skips(q, k, slopes, query_offset, skip)
+            return _flash_attention_fwd(q, k, v, _call(q, k, slopes, *masks, seed, *rest, skips))
+        return plain.attend(q, k, v, plain.make_call(slopes, *masks, seed, *rest), skip)
 
 
 @_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, s, h, d = q.shape
+    query_offset, _, skip, triton = rest[-4:]
     lse = q.new_empty((b, h, s), dtype=wide(q.dtype))
-    starts = q.new_empty((k.shape[2] * b, h // k.shape[2], (s + CHUNK - 1) // CHUNK), dtype=torch.int32)
-    return q.new_empty((b, s, h, d)), lse, starts, q.new_empty((), dtype=torch.float32)
+    if not triton:
+        starts: Any = (k.shape[2] * b, h // k.shape[2], (s + plain.CHUNK - 1) // plain.CHUNK)
+        kept = q.new_empty((), dtype=torch.float32)
+        return q.new_empty((b, s, h, d)), lse, q.new_empty(starts, dtype=torch.int32), kept
+    tile = _tiles(architecture(q.device), d, q.dtype).fwd.m
+    share = q.new_empty((b, h, (s + tile - 1) // tile), dtype=torch.float32)
+    starts = share.shape if _skips(q, k, slopes, query_offset, skip) else (0,)
+    return q.new_empty((b, s, h, d)), lse, q.new_empty(starts, dtype=torch.int32), share
 
 
 @torch.library.custom_op("mpt::flash_attention_backward", mutates_args=())
@@ -356,6 +517,8 @@ def _op_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     starts: Tensor,
     slopes: Tensor | None,
     attention_mask: Tensor | None,
@@ -367,11 +530,17 @@ def _op_backward(
     window: int | None,
     query_offset: int,
     dropout_p: float,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with no_autocast(q):
-        masks = (attention_mask, sequence_id, prefix_mask)
-        call = _call(slopes, *masks, seed, causal, scale, window, query_offset, dropout_p)
-        return _attend_backward(do, dlse, q, k, v, starts, call)
+    """dq, dk, dv. out and lse: for Triton alone."""
+    masks = (attention_mask, sequence_id, prefix_mask)
+    with no_autocast(q), on_device(q):
+        rest: Any = (causal, scale, window, query_offset, dropout_p)
+        if triton:
+            assert out is not None and lse is not None
+            call = _call(q, k, slopes, *masks, seed, *rest, starts.numel() > 0)
+            return _flash_attention_bwd(do, dlse, q, k, v, out, lse, starts, call)
+        return plain.attend_backward(do, dlse, q, k, v, starts, plain.make_call(slopes, *masks, seed, *rest))
 
 
 @_op_backward.register_fake
@@ -381,14 +550,15 @@ def _(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: A
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # mostly nothing depends on lse
-    ctx.save_for_backward(*inputs[:3], output[2], *inputs[3:8])
-    ctx.settings = inputs[8:13]
+    *settings, _, triton = inputs[8:]
+    ctx.settings = (*settings, triton)
+    ctx.save_for_backward(*inputs[:3], *(output[:2] if triton else (None, None)), output[2], *inputs[3:8])
 
 
 def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
     do = torch.zeros_like(ctx.saved_tensors[0]) if do is None else do
     dq, dk, dv = _op_backward(do, dlse, *ctx.saved_tensors, *ctx.settings)
-    return (dq, dk, dv, *[None] * 11)
+    return (dq, dk, dv, *[None] * 12)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -446,23 +616,27 @@ def flash_attention(
     _check_shapes(q, k, v, alibi_slopes)
     _check_masks(q, k, causal, window, query_offset, attention_mask, sequence_id, prefix_mask)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if not 0.0 <= scale < math.inf:
+        raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and at least 0, or None for 1/sqrt(D)")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1")
     if dropout_p and not isinstance(seed, Tensor):
         seed = torch.randint(2**62, ()) if seed is None else torch.tensor(seed)
     slopes = None if alibi_slopes is None else alibi_slopes.detach()
-    if choose("flash_attention", q, backend) == "reference":
+    unfit = f"its kernels take head dimensions up to 256, not {q.shape[-1]}" if q.shape[-1] > 256 else None
+    which = choose("flash_attention", q, backend, unfit=unfit)
+    if which == "reference":
         with no_autocast(q):
             masks = {"attention_mask": attention_mask, "sequence_id": sequence_id, "prefix_mask": prefix_mask}
             kwargs: dict[str, Any] = {"alibi_slopes": slopes, "causal": causal, "softmax_scale": scale, **masks}
             kwargs |= {"window": window, "query_offset": query_offset, "dropout_p": dropout_p, "seed": seed}
             return reference.flash_attention(q, k, v, **kwargs, return_lse=return_lse, return_kept=return_kept)
     masks_ = tuple(None if m is None else m.bool() for m in (attention_mask, prefix_mask))
-    rest = (causal, scale, window, query_offset, dropout_p, skip)
+    rest = (causal, scale, window, query_offset, dropout_p, skip, which == "triton")
     out, lse, _, kept = _op(q, k, v, slopes, masks_[0], sequence_id, masks_[1], seed if dropout_p else None, *rest)
     if not (return_lse or return_kept):
         return out
-    return (out, *([lse] if return_lse else []), *([kept.detach()] if return_kept else []))
+    return (out, *([lse] if return_lse else []), *([kept.detach().sum()] if return_kept else []))
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None) -> None:

@@ -1,0 +1,497 @@
+"""Attention by the Triton kernels: outputs and gradients against the float64 reference, masks in combination, exact
+skipping on adversarial inputs, dropout, the boundary with autograd.
+
+In the interpreter a tile is 32 x 32 and a skip block 32 keys; keys are looked for that can be skipped from 129 keys up.
+"""
+
+import importlib
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close, compare
+from torch import Tensor
+
+import kernels
+from kernels import backend, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MODULE = importlib.import_module("kernels.flash_attention")  # kernels has a function of that name
+attend = partial(kernels.flash_attention, backend="triton")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Fresh memory holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def both(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float32, **kwargs) -> None:
+    """Outputs, lse and gradients within the rule."""
+    kwargs["return_lse"] = True
+    compare(partial(attend, **kwargs), partial(reference.flash_attention, **kwargs), [q, k, v], dtype)
+
+
+def qkv(b: int, s: int, h: int, d: int, g: int | None = None, t: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    kv = (b, t or s, g or h, d)
+    return torch.randn(b, s, h, d), torch.randn(kv), torch.randn(kv)
+
+
+@pytest.mark.parametrize(
+    ("s", "dtype"), [(17, torch.bfloat16), (64, torch.float16), (127, torch.float32), (129, torch.bfloat16)]
+)
+def test_lengths(s: int, dtype: torch.dtype):
+    both(*qkv(2, s, 2, 32, 1), dtype, alibi_slopes=kernels.alibi_slopes(2))
+
+
+def test_a_single_query_is_its_value():
+    """With one key the probability is 1, so that dq and dk cancel but for the rounding of fp32 sums."""
+    q, k, v = (x.requires_grad_() for x in qkv(2, 1, 2, 16))
+    out = attend(q, k, v, alibi_slopes=kernels.alibi_slopes(2))
+    do = torch.randn_like(out)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), do)
+    assert torch.equal(out, v) and torch.equal(dv, do)
+    rounding = 32 * torch.finfo(torch.float32).eps * do.abs().max() * v.abs().max()
+    assert dq.abs().max() <= rounding * k.abs().max() and dk.abs().max() <= rounding * q.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("h", "g", "d", "dtype"),
+    [
+        (4, 2, 16, torch.float32),
+        (2, 1, 80, torch.bfloat16),
+        (1, 1, 96, torch.float16),
+        (1, 1, 112, torch.bfloat16),
+        (1, 1, 256, torch.bfloat16),
+        (3, 3, 8, torch.float32),
+    ],
+)
+def test_heads(h: int, g: int, d: int, dtype: torch.dtype):
+    both(*qkv(1, 70, h, d, g), dtype, alibi_slopes=kernels.alibi_slopes(h))
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(0.05, torch.float32), (1.0, torch.float32), (4.0, torch.bfloat16), (4.0, torch.float16)]
+)
+def test_scale_and_large_scores(scale: float, dtype: torch.dtype):
+    both(*qkv(1, 65, 2, 16), dtype, alibi_slopes=kernels.alibi_slopes(2), softmax_scale=scale)
+
+
+def test_without_bias_and_without_causality():
+    both(*qkv(1, 70, 2, 16))
+    both(*qkv(1, 70, 2, 16, 1, 45), causal=False)
+    both(*qkv(1, 70, 2, 16, 1, 45), causal=False, alibi_slopes=kernels.alibi_slopes(2))
+
+
+def test_bias_stays_accurate_far_from_the_start():
+    q, k, v = torch.zeros(1, 33, 2, 16), torch.zeros(1, 700, 2, 16), torch.randn(1, 700, 2, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        both(q, k, v, dtype, alibi_slopes=torch.tensor([0.7, 0.01]), query_offset=660)
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def masks(b: int, t: int) -> dict[str, Tensor]:
+    lengths = torch.randint(1, t + 1, (b, 1))
+    at = torch.arange(t)
+    return {
+        "right padding": at < lengths,
+        "left padding": at >= t - lengths,
+        "holes": torch.rand(b, t) > 0.5,
+        "nothing": torch.zeros(b, t).bool(),
+        "documents": torch.randint(0, 20, (b, t)).eq(0).cumsum(1),
+        "padded documents": torch.where(at < lengths, torch.randint(0, 20, (b, t)).eq(0).cumsum(1), -1),
+        "any ids": torch.randint(-1, 3, (b, t)) * 2**33,
+        "prefix": at < lengths // 2,
+        "any prefix": torch.rand(b, t) > 0.7,
+    }
+
+
+ATTENTION = [None, "right padding", "left padding", "holes", "nothing"]
+IDS = [None, "documents", "padded documents", "any ids"]
+PREFIX = [None, "prefix", "any prefix"]
+
+
+def field(name: str) -> str:
+    return "attention_mask" if name in ATTENTION else "sequence_id" if name in IDS else "prefix_mask"
+
+
+@pytest.mark.parametrize("name", [*ATTENTION[1:], *IDS[1:], *PREFIX[1:]])
+def test_each_mask(name: str):
+    """Skipping is on."""
+    both(*qkv(2, 140, 1, 16), alibi_slopes=torch.tensor([0.5]), **{field(name): masks(2, 140)[name]})
+
+
+@settings(max_examples=15, deadline=None, derandomize=False)
+@given(
+    s=st.integers(1, 70),
+    before=st.integers(0, 70),
+    extra=st.integers(0, 20),
+    heads=st.sampled_from([(1, 1), (2, 1)]),
+    window=st.one_of(st.none(), st.integers(1, 80)),
+    causal=st.booleans(),
+    slope=st.sampled_from([None, 0.1, 1.0]),
+    names=st.tuples(st.sampled_from(ATTENTION), st.sampled_from(IDS), st.sampled_from(PREFIX)),
+    seed=st.integers(0, 2**20),
+)
+def test_masks_in_combination(s, before, extra, heads, window, causal, slope, names, seed):
+    torch.manual_seed(seed)
+    t, (h, g) = before + s + extra, heads
+    made = {field(name): masks(2, t)[name] for name in names if name}
+    if not causal:
+        made.pop("prefix_mask", None)
+    slopes = None if slope is None else torch.full((h,), slope)
+    made |= {"alibi_slopes": slopes, "window": window, "causal": causal, "query_offset": before}
+    both(*qkv(2, s, h, 16, g, t), torch.bfloat16, **made)
+
+
+@pytest.mark.parametrize(("s", "t", "offset"), [(1, 200, 199), (40, 160, 120), (90, 40, 0), (20, 50, 70)])
+@pytest.mark.parametrize("window", [None, 30])
+def test_query_offset(s: int, t: int, offset: int, window: int | None):
+    both(*qkv(1, s, 2, 16, 1, t), alibi_slopes=kernels.alibi_slopes(2), query_offset=offset, window=window)
+
+
+def test_a_row_that_sees_nothing_gives_zero():
+    q, k, v = (x.requires_grad_() for x in qkv(2, 70, 2, 16))
+    mask = torch.ones(2, 70).bool()
+    mask[0, :60] = False
+    out, lse = attend(q, k, v, alibi_slopes=kernels.alibi_slopes(2), attention_mask=mask, return_lse=True)
+    assert (out[0, :60] == 0).all() and (lse[0, :, :60] == -math.inf).all()
+    assert lse[0, :, 60:].isfinite().all() and lse[1].isfinite().all()
+    grads = torch.autograd.grad([out, lse], (q, k, v), [torch.randn_like(out), torch.full_like(lse, math.inf)])
+    assert (grads[0][0, :60] == 0).all() and (grads[2][0, :60] == 0).all()
+
+
+# ---- strides and descriptors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_views_of_one_projection_and_expanded_gradients(descriptors: bool, monkeypatch: pytest.MonkeyPatch):
+    """q, k, v as strided views of (B, S, 3d), gradients with zero strides; read by pointers and by TMA."""
+    if descriptors:
+        monkeypatch.setattr(MODULE, "_TMA", {"interpreter"})
+    wqkv = torch.randn(2, 70, 3 * 32, requires_grad=True)
+
+    def projected(function, x):
+        q, k, v = (t.view(2, 70, 2, 16) for t in x.split(32, -1))
+        return function(q, k, v, alibi_slopes=kernels.alibi_slopes(2))
+
+    for gradient in (torch.ones(()).expand(2, 70, 2, 16), torch.randn(16).expand(2, 70, 2, 16)):
+        ours, plain, exact = (
+            torch.autograd.grad(projected(function, x), wqkv, gradient.to(x.dtype))[0]
+            for function, x in (
+                (attend, wqkv),
+                (reference.flash_attention, wqkv),
+                (reference.flash_attention, wqkv.double()),
+            )
+        )
+        assert_close("dWqkv", ours, plain, exact)
+
+
+def test_descriptors_and_pointers_agree(monkeypatch: pytest.MonkeyPatch):
+    """Also where TMA pads the head dimension, with one row, and with tensors that must be copied first."""
+    for s, t, d in ((150, 150, 24), (1, 40, 16), (33, 33, 20)):
+        q, k, v = (x.bfloat16() for x in qkv(1, s, 2, d, 1, t))
+        q = q.transpose(-1, -2).contiguous().transpose(-1, -2)
+        k = torch.cat([k, k[..., :1]], -1)[..., :-1]
+        results = []
+        for names in (set(), {"interpreter"}):
+            monkeypatch.setattr(MODULE, "_TMA", names)
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = attend(*leaves, alibi_slopes=torch.tensor([0.5, 0.1]), query_offset=t - s)
+            results.append([out, *torch.autograd.grad(out.float().sum(), leaves)])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+# ---- skipping --------------------------------------------------------------------------------------------------------
+
+S, SLOPES = 170, torch.tensor([1.0, 0.25])
+
+
+def adversary(kind: str, s: int = S, h: int = 2, d: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv(1, s, h, d)
+    if kind == "norm 25":
+        q, k = q * 2.5, k * 2.5
+    if kind == "huge norms":
+        q, k = q * 30, k * 30
+    if kind == "one far key dominates":
+        k[:, 2] = q[:, -1] * 20
+    if kind == "far keys a little larger":
+        k[:, : s // 3] *= 3
+    if kind == "equal keys":
+        k[:] = k[:, :1]
+    if kind == "zeros":
+        q, k = q * 0, k * 0
+    if kind == "tiny":
+        q, k = q * 1e-22, k * 1e-20
+    if kind == "own key is the worst":
+        k = -q.clone()
+        k[:, : s // 3] *= -1.5
+    if kind == "values of extremes":
+        v[:, 0] *= 1e8
+    if kind == "at the limit":  # far rows point at key 15, as long as the bound allows
+        k *= 0.2
+        k[..., 0] = 0
+        k[:, 15] = 0
+        k[:, 15, :, 0] = 4
+        away = SLOPES[:h] * (torch.arange(s)[:, None] - 15) - 24.07 * math.log(2) - (1 / SLOPES[:h] + 0.6).log()
+        q[:] = 0
+        q[..., 0] = away.clamp_min(0)
+    return q, k, v
+
+
+ADVERSARIES = [
+    "norm 25",
+    "huge norms",
+    "one far key dominates",
+    "far keys a little larger",
+    "equal keys",
+    "zeros",
+    "tiny",
+    "own key is the worst",
+    "values of extremes",
+    "at the limit",
+]
+
+
+def starts(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
+    """The first key of each query, (B, H, S)."""
+    names = ("attention_mask", "sequence_id", "prefix_mask")
+    masks_ = [kwargs.get(name) for name in names]
+    settings = (True, q.shape[-1] ** -0.5, kwargs.get("window"), 0, 0.0, True, True)
+    found = torch.ops.mpt.flash_attention(q, k, v, SLOPES[: q.shape[2]], *masks_, None, *settings)[2]
+    tile = -(-q.shape[1] // found.shape[-1])
+    tile = 1 << (tile - 1).bit_length()
+    return found.repeat_interleave(tile, -1)[..., : q.shape[1]]
+
+
+def weights(q: Tensor, k: Tensor, **rules) -> Tensor:
+    """(B, H, S, T) in float64."""
+    eye = torch.eye(k.shape[1]).double()[None, :, None].expand(*k.shape[:3], -1)
+    scale = q.shape[-1] ** -0.5
+    p = reference.flash_attention(q.double(), k.double(), eye, alibi_slopes=SLOPES, softmax_scale=scale, **rules)
+    return p.transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", ADVERSARIES)
+def test_what_is_skipped_weighs_at_most_two_to_the_minus_24(kind: str):
+    q, k, v = adversary(kind)
+    dropped = torch.arange(S) < starts(q, k, v)[..., None]
+    assert (weights(q, k) * dropped).sum(-1).max() <= 2.0**-24
+    if kind in ("zeros", "tiny", "equal keys", "norm 25"):
+        assert dropped.any(), "nothing was skipped"
+
+
+@pytest.mark.parametrize("name", ["right padding", "left padding", "documents", "any ids", "prefix", "window"])
+def test_what_is_skipped_beside_masks_weighs_at_most_two_to_the_minus_24(name: str):
+    """A row's total counts what it sees only: here unseen keys near the diagonal would dominate it."""
+    q, k, v = adversary("norm 25")
+    rules = {"window": 120} if name == "window" else {field(name): masks(1, S)[name]}
+    hidden = ~reference.visible_pairs(S, S, **rules)[0, 0, -1]
+    k[:, hidden] *= 4
+    dropped = torch.arange(S) < starts(q, k, v, **rules)[..., None]
+    assert (weights(q, k, **rules) * dropped).sum(-1).max() <= 2.0**-24
+
+
+@pytest.mark.parametrize("kind", ["norm 25", "one far key dominates", "values of extremes"])
+def test_errors_are_those_of_the_dense_kernel(kind: str):
+    inputs = adversary(kind)
+    do = torch.randn(1, S, 2, 16)
+
+    def run(function, dtype, **kwargs):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = function(*leaves, alibi_slopes=SLOPES, **kwargs)
+        return [out.detach(), *torch.autograd.grad(out, leaves, do.to(dtype))]
+
+    exact = run(reference.flash_attention, torch.float64)
+    skipping, dense = (run(attend, torch.float32, skip=skip) for skip in (True, False))
+    for i, (a, b, true) in enumerate(zip(skipping, dense, exact)):
+        largest = inputs[2].abs().max() if i == 0 else true.abs().max()
+        error, usual = ((x.double() - true).abs().max() for x in (a, b))
+        assert error <= usual + 2.0**-22 * largest, (i, error, usual)
+
+
+def test_kept_counts_the_pairs_done():
+    q, k, v = qkv(1, 256, 2, 16)
+    kept = [
+        float(attend(q, k, v, return_kept=True, **kwargs)[1])
+        for kwargs in (
+            {"alibi_slopes": SLOPES},
+            {"alibi_slopes": SLOPES, "skip": False},
+            {},
+            {"window": 32},
+            {"sequence_id": torch.arange(256)[None] // 64},
+        )
+    ]
+    assert kept[0] < 0.8 and kept[1:3] == pytest.approx([1, 1]) and kept[3] < 0.5 and kept[4] < 0.5
+    found = starts(q, k, v)[..., ::32]
+    pairs = (((torch.arange(8) + 1) * 32 - found).sum() / (2 * 36 * 32)).item()
+    assert kept[0] == pytest.approx(pairs)
+
+
+def test_keys_that_are_not_finite_are_not_hidden():
+    q, k, v = qkv(1, S, 2, 16)
+    k[:, 3, :, 0] = math.nan
+    out = attend(q, k, v, alibi_slopes=SLOPES)
+    assert torch.equal(out.isnan(), reference.flash_attention(q, k, v, alibi_slopes=SLOPES).isnan())
+    assert (starts(q, k, v)[..., 64:] == 0).all()
+
+
+def test_padding_does_not_keep_everything():
+    """Rows that see nothing, or only keys far back, do not count or are bounded from the keys that they do see."""
+    q, k, v = qkv(1, 300, 1, 16)
+    at = torch.arange(300)[None]
+    right = starts(q, k, v, attention_mask=at < 230)
+    left = starts(q, k, v, attention_mask=at >= 70)
+    assert right[0, 0, -1] > 0 and left[0, 0, -1] > 70
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("g", [2, 1])
+def test_dropout(g: int):
+    """The dropped probabilities, read off with v = I, decide output and gradients as if they were a given mask."""
+    t, p = 64, 0.3
+    q, k, _ = qkv(2, t, 2, t, g)
+    kwargs = {"alibi_slopes": kernels.alibi_slopes(2), "dropout_p": p, "seed": 2**40 + 11}
+    eye = torch.eye(t)[None, :, None].expand(2, t, g, t)
+    dropped = attend(q, k, eye, **kwargs).transpose(1, 2)  # (B, H, S, T)
+    plain = attend(q, k, eye, alibi_slopes=kernels.alibi_slopes(2)).transpose(1, 2)
+    seen = plain > 1e-30
+    factor = torch.where(seen, dropped / plain, 0.0)
+    assert factor.round(decimals=3).unique().tolist() == pytest.approx([0, round(1 / (1 - p), 3)])
+    assert (factor[seen] == 0).float().mean() == pytest.approx(p, abs=0.025)
+    assert not torch.equal(factor[0, 0] > 0, factor[0, 1] > 0) and not torch.equal(factor[0, 0] > 0, factor[1, 0] > 0)
+    factor = (factor > 0) / (1 - p)
+
+    def given(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i = torch.arange(t)
+        scores = torch.einsum("bshd,bthd->bhst", q, k.repeat_interleave(2 // g, 2)) * t**-0.5
+        scores = scores - kernels.alibi_slopes(2)[:, None, None].to(q.dtype) * (i[:, None] - i)
+        w = scores.masked_fill(i > i[:, None], -math.inf).softmax(-1) * factor.to(q.dtype)
+        return torch.einsum("bhst,bthd->bshd", w, v.repeat_interleave(2 // g, 2))
+
+    compare(partial(attend, **kwargs), given, [q, k, torch.randn(2, t, g, t)], torch.float32)
+
+
+def test_dropout_seeds():
+    q, k, v = qkv(1, 40, 2, 16)
+    same = [attend(q, k, v, dropout_p=0.5, seed=s) for s in (1, 1, torch.tensor(1), 2)]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2]) and not torch.equal(same[0], same[3])
+
+
+# ---- the boundary ----------------------------------------------------------------------------------------------------
+
+CASES = [
+    {"alibi_slopes": True},
+    {"attention_mask": True, "sequence_id": True, "prefix_mask": True, "window": 20},
+    {"dropout_p": 0.1, "seed": 3},
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: dict):
+    """The second length looks for keys to skip."""
+    s = 140 if case.get("alibi_slopes") else 40
+    q, k, v = (t.bfloat16().requires_grad_() for t in qkv(1, s, 2, 16, 1))
+    m = masks(1, s)
+    tensors = {
+        "alibi_slopes": kernels.alibi_slopes(2),
+        "attention_mask": m["holes"],
+        "sequence_id": m["documents"],
+        "prefix_mask": m["prefix"],
+    }
+    given = [tensors[n] if case.get(n) else None for n in tensors]
+    seed = torch.tensor(3) if "seed" in case else None
+    settings = (True, 0.3, case.get("window"), 0, case.get("dropout_p", 0.0))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.mpt.flash_attention, (q, k, v, *given, seed, *settings, True, True), test_utils=tests
+    )
+    with torch.no_grad():
+        out, lse, starts_, _ = torch.ops.mpt.flash_attention(q, k, v, *given, seed, *settings, True, True)
+        saved = (q.detach(), k.detach(), v.detach(), out, lse, starts_)
+        args = (torch.randn_like(q), torch.randn_like(lse), *saved, *given, seed, *settings, True)
+        torch.library.opcheck(torch.ops.mpt.flash_attention_backward, args, test_utils=tests)
+
+
+def test_second_derivative_is_refused_by_name():
+    q, k, v = (t.requires_grad_() for t in qkv(1, 10, 1, 16))
+    (dq,) = torch.autograd.grad(attend(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"mpt::flash_attention has no second derivative"):
+        dq.sum().backward()
+
+
+def test_compile():
+    torch._dynamo.reset()
+    q, k, v = (t.requires_grad_() for t in qkv(1, 60, 2, 16))
+
+    def step(q, k, v):
+        return attend(q * 2, k, v, alibi_slopes=kernels.alibi_slopes(2)).sum() * 3
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for a, b in zip(*(torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (compiled, step))):
+        torch.testing.assert_close(a, b)
+
+
+def test_activation_checkpointing_repeats_the_dropout_and_gradients_repeat_themselves():
+    q, k, v = (t.requires_grad_() for t in qkv(1, 60, 2, 16))
+
+    def step(q, k, v):
+        return attend(q, k, v, alibi_slopes=kernels.alibi_slopes(2), dropout_p=0.2).square().sum()
+
+    grads = []
+    for checkpoint in (True, False):
+        torch.manual_seed(9)
+        out = torch.utils.checkpoint.checkpoint(step, q, k, v, use_reentrant=False) if checkpoint else step(q, k, v)
+        grads.append(torch.autograd.grad(out, (q, k, v)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_autocast():
+    q, k, v = (t.requires_grad_() for t in qkv(1, 50, 2, 16))
+    with torch.autocast(q.device.type, torch.bfloat16):
+        out, lse = attend(q, k, v, return_lse=True)
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+    expected, expected_lse = attend(*(t.bfloat16() for t in (q, k, v)), return_lse=True)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32 and all(g.dtype == torch.float32 for g in grads)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+
+
+def test_nothing_to_do():
+    q, k, v = (t.requires_grad_() for t in qkv(1, 0, 2, 16, 1, 5))
+    out = attend(q, k, v, alibi_slopes=kernels.alibi_slopes(2))
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert out.shape == (1, 0, 2, 16) and all((g == 0).all() for g in grads)
+
+
+def test_bad_arguments():
+    q, k, v = qkv(2, 10, 4, 16, 2)
+    with pytest.raises(ValueError, match=r"cannot run there: Triton kernels take fp16, bf16 and fp32"):
+        attend(*(t.double() for t in (q, k, v)))
+    with pytest.raises(ValueError, match=r"head dimensions up to 256, not 264"):
+        attend(*qkv(1, 4, 1, 264))
+    for scale in (-1.0, math.nan):
+        with pytest.raises(ValueError, match=r"softmax_scale is"):
+            attend(q, k, v, softmax_scale=scale)
+    with pytest.raises(ValueError, match=r"alibi_slopes is \(3,\)"):
+        attend(q, k, v, alibi_slopes=torch.ones(3))
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 9\)"):
+        attend(q, k, v, attention_mask=torch.ones(2, 9).bool())
+
+
+def test_every_architecture_has_tiles():
+    """The forward's rows are a multiple of the others', and every block of keys divides the skip block."""
+    for name in (*backend.TRITON_ARCHITECTURES, "interpreter"):
+        for d in (1, 16, 64, 80, 128, 256):
+            for dtype in DTYPES:
+                tiles = MODULE._tiles(name, d, dtype)
+                assert tiles.fwd.m % tiles.dq.m == 0 and tiles.fwd.m % tiles.dkdv.m == 0
+                assert all(tiles.skip % tile.n == 0 for tile in (tiles.fwd, tiles.dq, tiles.dkdv))

@@ -18,7 +18,7 @@ Implementation = Literal["triton", "torch", "reference"]
 
 NAMES = ("auto", "triton", "torch", "reference")
 TRITON_ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx90a", "gfx942")
-WITH_TRITON: frozenset[str] = frozenset()  # operations that have Triton kernels
+WITH_TRITON = frozenset({"linear_cross_entropy", "mlp"})  # operations that have Triton kernels
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _default = "auto"
@@ -63,11 +63,13 @@ def _triton_problem(op: str, tensor: Tensor) -> str | None:
     return f"the tensor is on {tensor.device}, and Triton compiles for NVIDIA and AMD GPUs"
 
 
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1): for tests."""
     return bool(triton.knobs.runtime.interpret)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def architecture(device: torch.device) -> str:
     """The name under which tables of tile shapes hold a device: sm_80, sm_86 (also 8.7, 8.9 and 12.x: the same small
@@ -128,6 +130,11 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which the operations on this tensor's device keep the dtypes that they are given."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which kernels launch on this tensor's device, whichever is the current one."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

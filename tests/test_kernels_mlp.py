@@ -103,12 +103,12 @@ def test_autocast(backend: str | None):
 @pytest.mark.parametrize("bias", [False, True])
 def test_opcheck(bias: bool, chunk_size: int | None, dtype: torch.dtype):
     given = [None if t is None else t.to(dtype).requires_grad_() for t in inputs((9,), 8, 12, bias)]
-    torch.library.opcheck(torch.ops.mpt.mlp, (*given, chunk_size))
+    torch.library.opcheck(torch.ops.mpt.mlp, (*given, chunk_size, False))
     with torch.no_grad():
-        y, pre = torch.ops.mpt.mlp(*given, chunk_size)
+        y, pre = torch.ops.mpt.mlp(*given, chunk_size, False)
         given = [None if t is None else t.detach() for t in given]
         for wanted in ([True] * 3 + [bias] * 2, [True, False, False, False, False]):
-            torch.library.opcheck(torch.ops.mpt.mlp_backward, (y, pre, *given, chunk_size, wanted))
+            torch.library.opcheck(torch.ops.mpt.mlp_backward, (y, pre, *given, chunk_size, wanted, False))
 
 
 def test_compile_and_checkpoint():

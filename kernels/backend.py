@@ -17,9 +17,6 @@ Implementation = Literal["triton", "torch", "reference"]
 
 NAMES = ("auto", "triton", "torch", "reference")
 TRITON_ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx90a", "gfx942")
-WITH_TRITON = frozenset(  # operations that have Triton kernels
-    {"decode_attention", "flash_attention", "layer_norm", "lion_step", "rms_norm", "update_key_norms"}
-)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _default = "auto"
@@ -47,16 +44,14 @@ def choose(op: str, tensor: Tensor, override: str | None = None, *, unfit: str |
         return "reference"
     if name == "torch" or (name == "auto" and tensor.device.type != "cuda"):
         return "torch"
-    problem = _triton_problem(op, tensor) or unfit
+    problem = _triton_problem(tensor) or unfit
     if name == "triton" and problem:
         raise ValueError(f"{source} is 'triton', but {op} cannot run there: {problem}; use 'auto' or 'torch'")
     return "torch" if problem else "triton"
 
 
-def _triton_problem(op: str, tensor: Tensor) -> str | None:
-    """Why the Triton kernels of `op` cannot run on a tensor; None if they can."""
-    if op not in WITH_TRITON:
-        return "it has no Triton kernel yet"
+def _triton_problem(tensor: Tensor) -> str | None:
+    """Why Triton kernels cannot run on a tensor; None if they can."""
     if tensor.dtype == torch.float64:
         return "Triton kernels take fp16, bf16 and fp32, and this is float64"
     if tensor.device.type == "cuda":

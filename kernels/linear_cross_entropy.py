@@ -5,27 +5,38 @@
     dz_iv = softmax(z_i)_v (1 + 2 z_loss lse_i) - (1 - e) [v = label] - e / V
 
 hidden (N, d), weight (V, d), labels (N); matrix products in hidden's dtype, everything between them and the sum of
-dweight over chunks in fp32 (float64 for float64). Tokens whose label is ignored take no part and no time. With a mean
-or a sum the gradients are formed in the forward, while a chunk's logits are there, and scaled in the backward (three
-matrix products in all, as for whole logits; saved: dhidden and dweight). With reduction "none" the backward recomputes
-the logits. The chunked form is known from Liger-Kernel (arXiv 2410.10989) and Cut Cross-Entropy (arXiv 2411.09009).
+dweight over chunks in fp32 (float64 for float64). Tokens whose label is ignored take no part. With a mean or a sum the
+gradients are formed in the forward, while a chunk's logits are there, and scaled in the backward (three matrix products
+in all, as for whole logits; saved: dhidden and dweight). With reduction "none" the backward recomputes the logits. The
+chunked form is known from Liger-Kernel (arXiv 2410.10989) and Cut Cross-Entropy (arXiv 2411.09009).
+
+On a GPU the matrix products are the library's, on chunks large enough to fill it, and one kernel between them turns a
+chunk's logits into losses and, in place, into dz: read twice (the second time from the L2 cache) and written once, in
+hidden's dtype. There nothing waits for the GPU, so that CUDA graphs can record it: ignored tokens stay in their chunk
+with dz = 0 and take their part of the time, and a label outside the vocabulary gives NaN, as loss and as gradients.
+With torch, ignored tokens are left out beforehand and take no time.
 """
 
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
 from kernels.backend import (
+    architecture,
     autocast_dtype,
     check_dtypes,
     check_tensors,
     choose,
     no_autocast,
+    on_device,
     refuse_second_derivative,
     wide,
 )
+from kernels.compile import Variant
 from kernels.product import product
 
 _CPU_ELEMENTS = 2**25  # logits of a chunk: enough that adding to dweight costs little beside the matrix products
@@ -40,12 +51,210 @@ class _Loss(NamedTuple):
     z_loss: float
 
 
-def _chunks(tokens: int, vocab: int, chunk_size: int | None, device: torch.device) -> list[tuple[int, int]]:
-    """Nearly equal ranges of tokens."""
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _linear_cross_entropy_fwd_kernel(
+    Z, LABELS, FACTOR, LOSS, width, vocab, ignore_index, scale, smoothing, z_loss,
+    GRAD: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One row of unscaled logits Z (n, width), of which the first vocab count: its loss into LOSS (n) fp32 and, with
+    GRAD, FACTOR (n; None: 1) times the loss's gradient by the row in its place. LABELS (n) int64. What lies between
+    vocab and width may be overwritten.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * width
+    offs = tl.arange(0, BLOCK_V)
+    label = tl.load(LABELS + row)
+    if label == ignore_index:
+        tl.store(LOSS + row, 0.0)
+        if GRAD:
+            for start in range(0, width, BLOCK_V):
+                offs_v = start + offs
+                tl.store(Z + offs_v, tl.zeros([BLOCK_V], Z.dtype.element_ty), offs_v < width)
+    else:
+        known = (label >= 0) & (label < vocab)
+        chosen = tl.load(Z + label, known, other=0.0).to(tl.float32) * scale
+        m = -3.0e38  # finite, so that logits of -inf weigh 0
+        l = tl.zeros([BLOCK_V], tl.float32)  # sums of exp(z - m), one per lane
+        sums = tl.zeros([BLOCK_V], tl.float32)
+        for start in range(0, width, BLOCK_V):
+            offs_v = start + offs
+            z = tl.load(Z + offs_v, offs_v < width, other=0.0).to(tl.float32) * scale
+            inside = offs_v < vocab
+            if SMOOTH:
+                sums += tl.where(inside, z, 0.0)
+            z = tl.where(inside, z, float("-inf"))
+            m_new = tl.maximum(m, tl.max(z, 0))
+            l = l * tl.exp(m - m_new) + tl.exp(z - m_new)
+            m = m_new
+        total = tl.sum(l, 0)
+        log_total = tl.log(total)
+        lse = m + log_total
+        # lse - z of the label, with the difference of the two large numbers taken first
+        loss = log_total + (1.0 - smoothing) * (m - chosen)
+        if SMOOTH:
+            loss += smoothing * (m - tl.sum(sums, 0) / vocab)
+        loss += z_loss * lse * lse
+        loss = tl.where(known, loss, float("nan"))
+        tl.store(LOSS + row, loss)
+        if GRAD:
+            factor = scale
+            if FACTOR is not None:
+                factor *= tl.load(FACTOR + row).to(tl.float32)
+            factor = tl.where(known, factor, float("nan"))
+            each = factor * (1.0 + 2.0 * z_loss * lse) / total
+            at_label = factor * (1.0 - smoothing)
+            everywhere = factor * smoothing / vocab
+            at = label.to(tl.int32)
+            for start in range(0, width, BLOCK_V):
+                offs_v = start + offs
+                z = tl.load(Z + offs_v, offs_v < width, other=0.0).to(tl.float32) * scale
+                dz = tl.exp(z - m) * each - tl.where(offs_v == at, at_label, 0.0)
+                if SMOOTH:
+                    dz -= everywhere
+                tl.store(Z + offs_v, dz.to(Z.dtype.element_ty), offs_v < width)
+
+
+class _Tile(NamedTuple):
+    """For a row: 1024 threads, twice in a multiprocessor (32 registers each), keep memory busy with so few rows at a
+    time that the second pass still finds them in the L2 cache.
+    """
+
+    block_v: int
+    warps: int
+
+
+_NVIDIA, _AMD = _Tile(8192, 32), _Tile(8192, 16)
+_TILES = {
+    "sm_80": _NVIDIA,
+    "sm_86": _Tile(4096, 16),  # holds 1536 threads
+    "sm_90": _NVIDIA,
+    "sm_100": _NVIDIA,
+    "gfx90a": _AMD,
+    "gfx942": _AMD,
+    "interpreter": _Tile(128, 1),
+}
+_ALIGNED = 64  # elements between whose multiples a row of logits is padded: whole cache lines, and GEMMs that load them
+_ROWS = 128  # tokens in whose multiples chunks come: tiles of the library's matrix products
+
+
+def _linear_cross_entropy_fwd(
+    z: Tensor, vocab: int, labels: Tensor, factor: Tensor | None, loss: _Loss, out: Tensor, grad: bool
+) -> None:
+    """Losses of the chunk with unscaled logits z (n, width) into out (n); with `grad`, z becomes their gradient."""
+    tile = _TILES[architecture(z.device)]
+    with on_device(z):
+        _linear_cross_entropy_fwd_kernel[(len(z),)](
+            z,
+            labels,
+            factor,
+            out,
+            z.stride(0),
+            vocab,
+            *loss,
+            GRAD=grad,
+            SMOOTH=loss.label_smoothing != 0.0,
+            BLOCK_V=tile.block_v,
+            num_warps=tile.warps,
+            enable_fp_fusion=True,
+        )
+
+
+def _run_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss: _Loss,
+    chunk_size: int | None,
+    grads: tuple[bool, bool],
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_run`, without waiting for the GPU."""
+    (n, d), vocab, low = hidden.shape, weight.shape[0], hidden.dtype
+    w, labels = weight.to(low), labels.contiguous()
+    factor = None if factor is None else factor.contiguous()
+    losses = torch.empty(n, dtype=torch.float32, device=hidden.device)
+    dh = torch.empty(n if grads[0] else 0, d, dtype=low, device=hidden.device)
+    dw = None
+    ranges = _chunks(n, vocab, chunk_size, hidden.device, _ROWS)
+    width = triton.cdiv(vocab, _ALIGNED) * _ALIGNED
+    buffer = torch.empty(max((j - i for i, j in ranges), default=0), width, dtype=low, device=hidden.device)
+    for i, j in ranges:
+        # 0 * NaN is not 0: ignored tokens must not reach dweight
+        h = hidden[i:j].masked_fill((labels[i:j] == loss.ignore_index)[:, None], 0.0)
+        padded = buffer[: j - i]
+        z = torch.mm(h, w.mT, out=padded[:, :vocab])
+        part = None if factor is None else factor[i:j]
+        _linear_cross_entropy_fwd(padded, vocab, labels[i:j], part, loss, losses[i:j], any(grads))
+        if grads[0]:
+            torch.mm(z, w, out=dh[i:j])
+        if grads[1]:
+            dw = _add_product(dw, z.mT, h)
+    if dw is None:
+        dw = torch.zeros(weight.shape if grads[1] else (0, d), dtype=torch.float32, device=hidden.device)
+    return losses, dh, dw
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, in fp32 (None: a b)."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b) if total is None else total.addmm_(a, b)
+    if a.device.type == "cuda" and not torch.version.hip:
+        part = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        part = torch.mm(a, b)
+    return part.float() if total is None else total.add_(part)
+
+
+def variants(architecture: str) -> list[Variant]:
+    """The loss alone; with the gradient; with everything that is optional."""
+    tile = _TILES[architecture]
+    found = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for grad, smooth, factor in ((False, False, False), (True, False, False), (True, True, True)):
+            types = {"Z": f"*{dtype}", "LABELS": "*i64", "LOSS": "*fp32"}
+            types |= dict.fromkeys(("width", "vocab", "ignore_index"), "i32")
+            types |= dict.fromkeys(("scale", "smoothing", "z_loss"), "fp32")
+            constants: dict[str, Any] = {"GRAD": grad, "SMOOTH": smooth, "BLOCK_V": tile.block_v}
+            if factor:
+                types["FACTOR"] = "*fp32"
+            else:
+                constants["FACTOR"] = None
+            words = [word for word, on in (("gradient", grad), ("smoothing", smooth), ("factor", factor)) if on]
+            label = " ".join(("_linear_cross_entropy_fwd_kernel", dtype, *words))
+            # labels, losses and factors of a chunk begin where the chunk does
+            divisible = ("Z", "width")
+            found.append(
+                Variant(
+                    "linear_cross_entropy",
+                    label,
+                    _linear_cross_entropy_fwd_kernel,
+                    types,
+                    constants,
+                    divisible,
+                    tile.warps,
+                    num_stages=1,
+                    options={"enable_fp_fusion": True},
+                )
+            )
+    return found
+
+
+# ---- torch -----------------------------------------------------------------------------------------------------------
+
+
+def _chunks(
+    tokens: int, vocab: int, chunk_size: int | None, device: torch.device, multiple: int = 1
+) -> list[tuple[int, int]]:
+    """Nearly equal ranges of tokens, of a multiple of so many where that does not make them larger than chunk_size."""
     limit = _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
-    size = chunk_size or max(1, limit // vocab)
-    count = max(1, -(-tokens // size))
+    largest = chunk_size or max(1, limit // vocab)
+    count = max(1, -(-tokens // largest))
     size = max(1, -(-tokens // count))
+    whole = -(-size // multiple) * multiple
+    size = whole if whole <= largest else size
     return [(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 
@@ -148,6 +357,7 @@ def _op(
     chunk_size: int | None,
     grad_hidden: bool,
     grad_weight: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, the factor of the gradients, and the gradients of the sum (empty where not asked for, and for reduction
     none).
@@ -155,7 +365,8 @@ def _op(
     loss = _Loss(ignore_index, logit_scale, label_smoothing, z_loss)
     grads = (grad_hidden and reduction != "none", grad_weight and reduction != "none")
     with no_autocast(hidden):
-        losses, dh, dw = _run(hidden, weight, labels, loss, chunk_size, grads)
+        run = _run_triton if triton else _run
+        losses, dh, dw = run(hidden, weight, labels, loss, chunk_size, grads)
         factor = torch.ones((), dtype=losses.dtype, device=losses.device)
         if reduction == "mean":
             factor = 1 / (labels != ignore_index).sum().clamp(min=1).to(losses.dtype)
@@ -175,6 +386,7 @@ def _(
     chunk_size: int | None,
     grad_hidden: bool,
     grad_weight: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (n, d), formed, up = hidden.shape, reduction != "none", wide(hidden.dtype)
     dh = hidden.new_empty((n if grad_hidden and formed else 0, d))
@@ -199,6 +411,7 @@ def _op_backward(
     chunk_size: int | None,
     grad_hidden: bool,
     grad_weight: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     with no_autocast(hidden):
         if reduction != "none":
@@ -206,7 +419,8 @@ def _op_backward(
             return (dh * factor).to(hidden.dtype), (dw * factor).to(weight.dtype)
         loss = _Loss(ignore_index, logit_scale, label_smoothing, z_loss)
         grads = (grad_hidden, grad_weight)
-        _, dh, dw = _run(hidden, weight, labels, loss, chunk_size, grads, factor=dloss)
+        run = _run_triton if triton else _run
+        _, dh, dw = run(hidden, weight, labels, loss, chunk_size, grads, factor=dloss)
         return dh, dw.to(weight.dtype)
 
 
@@ -214,7 +428,7 @@ def _op_backward(
 def _(
     dloss: Tensor, factor: Tensor, dh: Tensor, dw: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    grad_hidden, grad_weight = rest[-2:]
+    grad_hidden, grad_weight = rest[-3:-1]
     d = hidden.shape[1]
     return (
         hidden.new_empty((hidden.shape[0] if grad_hidden else 0, d)),
@@ -230,9 +444,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, dloss: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
     if dloss is None:
-        return (None,) * 11
+        return (None,) * 12
     dh, dw = _op_backward(dloss, *ctx.saved_tensors, *ctx.settings)
-    return (dh if ctx.needs_input_grad[0] else None, dw if ctx.needs_input_grad[1] else None, *[None] * 9)
+    return (dh if ctx.needs_input_grad[0] else None, dw if ctx.needs_input_grad[1] else None, *[None] * 10)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -262,8 +476,9 @@ def linear_cross_entropy(
     gradients 0) or "sum", and (...) with 0 where ignored for "none". label_smoothing as in torch's cross_entropy;
     z_loss * lse^2 is added per label. chunk_size: tokens whose logits exist at once (None: by memory).
 
-    TypeError on dtypes, devices, DTensors; ValueError on shapes and settings; IndexError for a label outside the
-    vocabulary. No second derivative.
+    TypeError on dtypes, devices, DTensors; ValueError on shapes and settings. A label outside the vocabulary is an
+    IndexError from torch on a CPU and a device-side assertion on a GPU; Triton's loss and gradients are NaN. No second
+    derivative.
     """
     check_tensors("linear_cross_entropy", hidden=hidden, weight=weight, labels=labels)
     dtype = autocast_dtype(hidden)
@@ -272,7 +487,8 @@ def linear_cross_entropy(
     else:
         hidden = hidden.to(dtype)
     _check(hidden, weight, labels, label_smoothing, reduction, chunk_size)
-    if choose("linear_cross_entropy", hidden, backend) == "reference":
+    which = choose("linear_cross_entropy", hidden, backend)
+    if which == "reference":
         with no_autocast(hidden):
             return reference.linear_cross_entropy(
                 hidden,
@@ -297,6 +513,7 @@ def linear_cross_entropy(
         chunk_size,
         recording and hidden.requires_grad,
         recording and weight.requires_grad,
+        which == "triton",
     )[0]
     return out.view(labels.shape) if reduction == "none" else out
 

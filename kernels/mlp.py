@@ -2,31 +2,316 @@
 or none.
 
     pre = x up_weight^T + up_bias,  y = gelu(pre) down_weight^T + down_bias
+    dpre = (dy down_weight) * gelu'(pre),  dx = dpre up_weight,  dup = dpre^T x,  ddown = dy^T gelu(pre)
 
 x (N, d), up_weight (f, d), down_weight (d', f), as torch.nn.Linear holds them. Matrix products are in x's dtype;
 weights may be wider (under autocast the fp32 ones come as they are: what is saved then is no copy) and get their
 gradients in their own dtype. Saved for the backward: x and pre; GELU is recomputed. With chunk_size only x is saved and
 everything runs over that many tokens at a time, so that nothing f wide exists whole; pre is then recomputed too, and
 weight gradients are summed in fp32.
+
+On a GPU gelu(pre), and dpre with gelu(pre) in the backward, come in one of two forms: a Triton product whose epilogue
+computes them, or the library's product followed by one pointwise kernel. The other products are the library's.
 """
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
 from kernels.backend import (
+    architecture,
     autocast_dtype,
     check_dtypes,
     check_tensors,
     choose,
     no_autocast,
+    on_device,
     refuse_second_derivative,
     wide,
 )
+from kernels.compile import Variant
 from kernels.product import product
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_derivative(x):
+    """Phi(x) + x phi(x), of the standard normal distribution."""
+    return 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+
+
+@triton.jit
+def _product_tile(
+    A, W, a_stride, rows, columns, K,
+    TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of A W, fp32, and where it begins: A (rows, K), W (K, columns), or (columns, K) if TRANSPOSED,
+    contiguous. EVEN_K: K is a multiple of BLOCK_K. Programs go down GROUP_M tiles, then to the right, so that those
+    which run together share what the L2 cache holds.
+    """
+    program = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    group = program // (GROUP_M * tiles_n)
+    height = min(tiles_m - group * GROUP_M, GROUP_M)
+    within = program % (GROUP_M * tiles_n)
+    start_m = (group * GROUP_M + within % height) * BLOCK_M
+    start_n = (within // height) * BLOCK_N
+    offs_m, offs_n, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    in_m, in_n = (offs_m < rows - start_m)[:, None], (offs_n < columns - start_n)[None, :]
+    # 64 bits for where tiles begin, 32 within them: half the registers
+    A += start_m.to(tl.int64) * a_stride
+    offs_a = offs_m[:, None] * a_stride + offs_k[None, :]
+    if TRANSPOSED:
+        W += start_n.to(tl.int64) * K
+        offs_w = offs_n[None, :] * K + offs_k[:, None]
+        w_step = BLOCK_K
+    else:
+        W += start_n
+        offs_w = offs_k[:, None] * columns + offs_n[None, :]
+        w_step = BLOCK_K * columns
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(A + offs_a, in_m, other=0.0)
+            w = tl.load(W + offs_w, in_n, other=0.0)
+        else:
+            in_k = offs_k < K - start
+            a = tl.load(A + offs_a, in_m & in_k[None, :], other=0.0)
+            w = tl.load(W + offs_w, in_n & in_k[:, None], other=0.0)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        A += BLOCK_K
+        W += w_step
+    return acc, start_m, start_n
+
+
+@triton.jit
+def _output_tile(start_m, start_n, rows, f, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the tile of a (rows, f) matrix begins, its elements' places from there, and which of them exist."""
+    offs_m, offs_n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    mask = (offs_m < rows - start_m) & (offs_n < f - start_n)
+    return start_m.to(tl.int64) * f + start_n, offs_m * f + offs_n, mask
+
+
+@triton.jit
+def _mlp_fwd_kernel(
+    X, W, B, PRE, ACT, x_stride, rows, f, d,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """A tile of PRE = X W^T + B (None: not written; B None: 0) and of ACT = gelu(PRE). X (rows, d), W (f, d), B (f);
+    PRE and ACT (rows, f), contiguous. GELU is of PRE as it is rounded, from which the backward recomputes it.
+    """
+    acc, start_m, start_n = _product_tile(
+        X, W, x_stride, rows, f, d, True, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M
+    )
+    if B is not None:
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        acc += tl.load(B + offs_n, offs_n < f, other=0.0).to(tl.float32)[None, :]
+    begin, offs, mask = _output_tile(start_m, start_n, rows, f, BLOCK_M, BLOCK_N)
+    pre = acc.to(ACT.dtype.element_ty)
+    if PRE is not None:
+        tl.store(PRE + begin + offs, pre, mask)
+    tl.store(ACT + begin + offs, _gelu(pre.to(tl.float32)).to(ACT.dtype.element_ty), mask)
+
+
+@triton.jit
+def _mlp_bwd_kernel(
+    DY, W, PRE, DPRE, ACT, dy_stride, rows, f, d,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """A tile of DPRE = (DY W) * gelu'(PRE) and of ACT = gelu(PRE) (None: not written). DY (rows, d), W (d, f); PRE,
+    DPRE and ACT (rows, f), contiguous. ACT may be PRE.
+    """
+    acc, start_m, start_n = _product_tile(
+        DY, W, dy_stride, rows, f, d, False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M
+    )
+    begin, offs, mask = _output_tile(start_m, start_n, rows, f, BLOCK_M, BLOCK_N)
+    pre = tl.load(PRE + begin + offs, mask, other=0.0).to(tl.float32)
+    tl.store(DPRE + begin + offs, (acc * _gelu_derivative(pre)).to(DPRE.dtype.element_ty), mask)
+    if ACT is not None:
+        tl.store(ACT + begin + offs, _gelu(pre).to(ACT.dtype.element_ty), mask)
+
+
+@triton.jit
+def _mlp_gelu_fwd_kernel(PRE, ACT, size, BLOCK: tl.constexpr):
+    """ACT = gelu(PRE), of so many elements. ACT may be PRE."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pre = tl.load(PRE + offs, offs < size, other=0.0).to(tl.float32)
+    tl.store(ACT + offs, _gelu(pre).to(ACT.dtype.element_ty), offs < size)
+
+
+@triton.jit
+def _mlp_gelu_bwd_kernel(DACT, PRE, DPRE, ACT, size, BLOCK: tl.constexpr):
+    """DPRE = DACT * gelu'(PRE) and ACT = gelu(PRE) (None: not written), of so many elements. DPRE may be DACT, and ACT
+    may be PRE.
+    """
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    pre = tl.load(PRE + offs, mask, other=0.0).to(tl.float32)
+    dact = tl.load(DACT + offs, mask, other=0.0).to(tl.float32)
+    tl.store(DPRE + offs, (dact * _gelu_derivative(pre)).to(DPRE.dtype.element_ty), mask)
+    if ACT is not None:
+        tl.store(ACT + offs, _gelu(pre).to(ACT.dtype.element_ty), mask)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
+
+
+class _Measured(NamedTuple):
+    """Shapes for which the Triton product with its epilogue was faster than the library's product and a pointwise
+    kernel: both ends included. machine: the GPU, and the versions of torch and Triton, that said so.
+    """
+
+    direction: Literal["forward", "backward"]
+    tokens: tuple[int, int]
+    f: tuple[int, int]
+    machine: str
+
+
+# No GPU has been measured yet, so the library's products run everywhere.
+_FUSED_IS_FASTER: dict[str, tuple[_Measured, ...]] = {}
+
+
+def _fused(direction: str, name: str, tokens: int, f: int) -> bool:
+    """Whether the Triton product runs, on an architecture of this name."""
+    return any(
+        direction == m.direction and m.tokens[0] <= tokens <= m.tokens[1] and m.f[0] <= f <= m.f[1]
+        for m in _FUSED_IS_FASTER.get(name, ())
+    )
+
+
+class _Tile(NamedTuple):
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+_GROUP_M = 8
+# by the size of an element in bytes
+_TILES: dict[str, dict[int, _Tile]] = {
+    "sm_80": {2: _Tile(128, 128, 32, 4, 4), 4: _Tile(64, 64, 32, 4, 3)},
+    "sm_86": {2: _Tile(128, 128, 32, 4, 3), 4: _Tile(64, 64, 32, 4, 3)},
+    "sm_90": {2: _Tile(128, 256, 64, 8, 3), 4: _Tile(64, 64, 32, 4, 3)},
+    "sm_100": {2: _Tile(128, 256, 64, 8, 3), 4: _Tile(64, 64, 32, 4, 3)},
+    "gfx90a": {2: _Tile(128, 128, 64, 8, 2), 4: _Tile(64, 64, 32, 4, 2)},
+    "gfx942": {2: _Tile(128, 128, 64, 8, 2), 4: _Tile(64, 64, 32, 4, 2)},
+    "interpreter": {2: _Tile(32, 64, 32, 1, 1), 4: _Tile(32, 64, 32, 1, 1)},
+}
+_POINTWISE = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": True}  # 16 bytes a thread in bf16
+
+
+def _launch(a: Tensor, f: int, d: int) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the options of a product A W with A (rows, d) and f columns."""
+    tile = _TILES[architecture(a.device)][a.element_size()]
+    tf32 = a.device.type == "cuda" and a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    options = {
+        "EVEN_K": d % tile.k == 0,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "GROUP_M": _GROUP_M,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }
+    return (triton.cdiv(len(a), tile.m) * triton.cdiv(f, tile.n),), options
+
+
+def _rows(a: Tensor) -> Tensor:
+    """a, with neighbouring elements of a row adjacent."""
+    return a if a.stride(1) == 1 and a.stride(0) >= a.shape[1] else a.contiguous()
+
+
+def _mlp_fwd(x: Tensor, up: Tensor, up_b: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """gelu(pre) and, with `keep`, pre."""
+    (rows, d), f = x.shape, up.shape[0]
+    if not _fused("forward", architecture(x.device), rows, f):
+        pre = _linear(x, up, up_b)
+        act = torch.empty_like(pre) if keep else pre
+        if pre.numel():
+            with on_device(x):
+                _mlp_gelu_fwd_kernel[(triton.cdiv(pre.numel(), _POINTWISE["BLOCK"]),)](
+                    pre, act, pre.numel(), **_POINTWISE
+                )
+        return act, pre if keep else None
+    x = _rows(x)
+    act = x.new_empty(rows, f)
+    kept = torch.empty_like(act) if keep else None
+    grid, options = _launch(x, f, d)
+    if grid[0]:
+        with on_device(x):
+            bias = None if up_b is None else up_b.contiguous()
+            _mlp_fwd_kernel[grid](x, up.contiguous(), bias, kept, act, x.stride(0), rows, f, d, **options)
+    return act, kept
+
+
+def _mlp_bwd(dy: Tensor, down: Tensor, pre: Tensor, want_act: bool, own: bool) -> tuple[Tensor, Tensor | None]:
+    """dpre and, if wanted, gelu(pre), in pre's memory where that is our own."""
+    (rows, d), f = dy.shape, down.shape[1]
+    pre = pre.contiguous()
+    act = None if not want_act else pre if own else torch.empty_like(pre)
+    if not _fused("backward", architecture(dy.device), rows, f):
+        dpre = product(dy, down.mT)
+        if dpre.numel():
+            with on_device(dy):
+                _mlp_gelu_bwd_kernel[(triton.cdiv(dpre.numel(), _POINTWISE["BLOCK"]),)](
+                    dpre, pre, dpre, act, dpre.numel(), **_POINTWISE
+                )
+        return dpre, act
+    dy = _rows(dy)
+    dpre = torch.empty_like(pre)
+    grid, options = _launch(dy, f, d)
+    if grid[0]:
+        with on_device(dy):
+            _mlp_bwd_kernel[grid](dy, down.contiguous(), pre, dpre, act, dy.stride(0), rows, f, d, **options)
+    return dpre, act
+
+
+def variants(architecture: str) -> list[Variant]:
+    """Both products, at depths that fill their tiles and ones that do not, and the pointwise kernels."""
+    found = []
+
+    def add(kernel: Any, words: str, dtype: str, constants: dict[str, Any], warps: int, stages: int) -> None:
+        names = [name for name in kernel.arg_names if name not in constants]
+        types = {name: f"*{dtype}" if name.isupper() else "i32" for name in names}
+        divisible = tuple(name for name in names if name != "rows" and (name == "size" or "EVEN_K" in constants))
+        if not constants.get("EVEN_K", True):
+            divisible = tuple(name for name in names if name.isupper())
+        label = f"{kernel.fn.__name__} {dtype} {words}".strip()
+        options = {"enable_fp_fusion": True}
+        found.append(Variant("mlp", label, kernel, types, constants, divisible, warps, stages, options=options))
+
+    for dtype, size, precision in (("bf16", 2, "ieee"), ("fp16", 2, "ieee"), ("fp32", 4, "ieee"), ("fp32", 4, "tf32")):
+        tile = _TILES[architecture][size]
+        for kernel in (_mlp_fwd_kernel, _mlp_bwd_kernel):
+            for even in (True, False):
+                constants = {"EVEN_K": even, "PRECISION": precision, "GROUP_M": _GROUP_M}
+                constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+                words = f"{tile.m}x{tile.n}x{tile.k}" + ("" if even else " ragged") + f" {precision}" * (size == 4)
+                add(kernel, words, dtype, constants, tile.warps, tile.stages)
+        if precision == "ieee":
+            for kernel in (_mlp_gelu_fwd_kernel, _mlp_gelu_bwd_kernel):
+                add(kernel, "", dtype, {"BLOCK": _POINTWISE["BLOCK"]}, int(_POINTWISE["num_warps"]), 1)
+    return found
+
+
+# ---- on plain torch --------------------------------------------------------------------------------------------------
 
 
 def _cast(x: Tensor, up: Tensor, down: Tensor, up_b: Tensor | None, down_b: Tensor | None) -> list[Any]:
@@ -45,14 +330,20 @@ def _plus(total: Tensor | None, part: Tensor, alone: bool) -> Tensor:
     return part.to(wide(part.dtype)) if total is None else total.add_(part)
 
 
-# ---- the boundary ----------------------------------------------------------------------------------------------------
-
-
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dtype != torch.float32:
         return F.linear(x, weight, bias)  # adds the bias before it rounds
     out = product(x, weight)
     return out if bias is None else out.add_(bias)
+
+
+def _torch_fwd(x: Tensor, up: Tensor, up_b: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """As `_mlp_fwd`."""
+    pre = _linear(x, up, up_b)
+    return F.gelu(pre), pre if keep else None
+
+
+# ---- the boundary ----------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("mpt::mlp", mutates_args=())
@@ -63,16 +354,19 @@ def _op(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     chunk_size: int | None,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """y (N, d') and pre (N, f), empty with chunk_size."""
     with no_autocast(x):
         up, down, up_b, down_b = _cast(x, up_weight, down_weight, up_bias, down_bias)
+        forward = _mlp_fwd if triton else _torch_fwd
         if chunk_size is None:
-            pre = _linear(x, up, up_b)
-            return _linear(F.gelu(pre), down, down_b), pre
+            act, pre = forward(x, up, up_b, True)
+            assert pre is not None
+            return _linear(act, down, down_b), pre
         y = x.new_empty(x.shape[0], down_weight.shape[0])
         for i, j in _chunks(x.shape[0], chunk_size):
-            y[i:j] = _linear(F.gelu(_linear(x[i:j], up, up_b)), down, down_b)
+            y[i:j] = _linear(forward(x[i:j], up, up_b, False)[0], down, down_b)
         return y, x.new_empty(0, up_weight.shape[0])
 
 
@@ -84,6 +378,7 @@ def _(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     chunk_size: int | None,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     n = x.shape[0]
     return x.new_empty((n, down_weight.shape[0])), x.new_empty((n if chunk_size is None else 0, up_weight.shape[0]))
@@ -100,23 +395,27 @@ def _op_backward(
     down_bias: Tensor | None,
     chunk_size: int | None,
     wanted: list[bool],
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, up_weight, down_weight, up_bias, down_bias; empty where `wanted` is false."""
     with no_autocast(x):
         up, down, up_b, _ = _cast(x, up_weight, down_weight, up_bias, None)
         ranges, acc = _chunks(x.shape[0], chunk_size), wide(x.dtype)
         dx = torch.empty_like(x) if wanted[0] else x.new_empty(0)
-        sums: list[Tensor | None] = [None] * 4
+        sums: list[Tensor | None] = [None, None, None, dy.sum(0, dtype=acc) if wanted[4] else None]
         for i, j in ranges:
             x_c, dy_c, alone = x[i:j], dy[i:j], len(ranges) == 1
             pre_c = pre if chunk_size is None else _linear(x_c, up, up_b)
+            through = wanted[0] or wanted[1] or wanted[3]
+            dpre, act = pre_c, None
+            if triton and through:
+                dpre, act = _mlp_bwd(dy_c, down, pre_c, wanted[2], own=chunk_size is not None)
             if wanted[2]:
-                sums[1] = _plus(sums[1], product(dy_c.mT, F.gelu(pre_c).mT), alone)
-            if wanted[4]:
-                sums[3] = _plus(sums[3], dy_c.sum(0, dtype=acc), alone)
-            if not (wanted[0] or wanted[1] or wanted[3]):
+                sums[1] = _plus(sums[1], product(dy_c.mT, (F.gelu(pre_c) if act is None else act).mT), alone)
+            if not through:
                 continue
-            dpre = torch.ops.aten.gelu_backward(product(dy_c, down.mT), pre_c)
+            if not triton:
+                dpre = torch.ops.aten.gelu_backward(product(dy_c, down.mT), pre_c)
             if wanted[0]:
                 dx[i:j] = product(dpre, up.mT)
             if wanted[1]:
@@ -141,6 +440,7 @@ def _(
     down_bias: Tensor | None,
     chunk_size: int | None,
     wanted: list[bool],
+    triton: bool,
 ) -> tuple[Tensor, ...]:
     given = (x, up_weight, down_weight, up_bias, down_bias)
     return tuple(t.new_empty(t.shape) if want and t is not None else x.new_empty(0) for want, t in zip(wanted, given))
@@ -149,15 +449,15 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # no zeros for pre, which is nobody's
     ctx.save_for_backward(output[1], *inputs[:5])
-    ctx.chunk_size = inputs[5]
+    ctx.chunk_size, ctx.triton = inputs[5:]
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, dpre: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 6
+        return (None,) * 7
     wanted = list(ctx.needs_input_grad[:5])
-    grads = _op_backward(dy, *ctx.saved_tensors, ctx.chunk_size, wanted)
-    return (*(grad if want else None for want, grad in zip(wanted, grads)), None)
+    grads = _op_backward(dy, *ctx.saved_tensors, ctx.chunk_size, wanted, ctx.triton)
+    return (*(grad if want else None for want, grad in zip(wanted, grads)), None, None)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -191,11 +491,12 @@ def mlp(
     else:
         x = x.to(dtype)
     _check(x, up_weight, down_weight, up_bias, down_bias, chunk_size)
-    if choose("mlp", x, backend) == "reference":
+    which = choose("mlp", x, backend)
+    if which == "reference":
         with no_autocast(x):
             up, down, up_b, down_b = _cast(x, up_weight, down_weight, up_bias, down_bias)
             return reference.mlp(x, up, down, up_b, down_b)
-    y, _ = _op(x.reshape(-1, x.shape[-1]), up_weight, down_weight, up_bias, down_bias, chunk_size)
+    y, _ = _op(x.reshape(-1, x.shape[-1]), up_weight, down_weight, up_bias, down_bias, chunk_size, which == "triton")
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -41,14 +41,15 @@ def test_a_bad_name_says_where_it_came_from(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_triton_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MPT_KERNELS", "triton")
-    with pytest.raises(ValueError, match=r"MPT_KERNELS is 'triton', but nothing cannot run there: it has no Triton"):
-        backend.choose("nothing", X)
-    monkeypatch.setattr(backend, "WITH_TRITON", frozenset({"layer_norm"}))
-    with pytest.raises(ValueError, match=r"this is float64"):
+    with pytest.raises(ValueError, match=r"MPT_KERNELS is 'triton', but layer_norm cannot run there: .* is float64"):
         backend.choose("layer_norm", X.double())
+    assert backend.choose("layer_norm", X) == "triton"
     monkeypatch.setattr(backend, "interpreting", lambda: False)
     with pytest.raises(ValueError, match=r"the tensor is on meta, and Triton compiles for NVIDIA and AMD GPUs"):
         backend.choose("layer_norm", X.to("meta"))
+    with pytest.raises(ValueError, match=r"no room for that; use 'auto' or 'torch'"):
+        backend.choose("layer_norm", X, unfit="no room for that")
+    assert backend.choose("layer_norm", X, "auto", unfit="no room for that") == "torch"
 
 
 def test_the_environment_reaches_every_operation(monkeypatch: pytest.MonkeyPatch):

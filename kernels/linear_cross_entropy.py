@@ -55,7 +55,7 @@ class _Loss(NamedTuple):
 
 
 @triton.jit
-def _linear_cross_entropy_fwd_kernel(
+def _linear_cross_entropy_fwd_kernel(  # type: ignore[no-untyped-def]
     Z, LABELS, FACTOR, LOSS, width, vocab, ignore_index, scale, smoothing, z_loss,
     GRAD: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip

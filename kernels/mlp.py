@@ -41,25 +41,25 @@ from kernels.product import product
 
 
 @triton.jit
-def _gelu(x):
+def _gelu(x):  # type: ignore[no-untyped-def]
     return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
 
 
 @triton.jit
-def _gelu_derivative(x):
+def _gelu_derivative(x):  # type: ignore[no-untyped-def]
     """Phi(x) + x phi(x), of the standard normal distribution."""
     return 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
 
 
 @triton.jit
-def _product_tile(
+def _product_tile(  # type: ignore[no-untyped-def]
     A, W, a_stride, rows, columns, K,
     TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of A W, fp32, and where it begins: A (rows, K), W (K, columns), or (columns, K) if TRANSPOSED,
-    contiguous. EVEN_K: K is a multiple of BLOCK_K. Programs go down GROUP_M tiles, then to the right, so that those
-    which run together share what the L2 cache holds.
+    """This program's tile of A W, fp32, and where it begins. A (rows, K); W (K, columns), or (columns, K) if
+    TRANSPOSED, contiguous. EVEN_K: K is a multiple of BLOCK_K. Programs go down GROUP_M tiles, then to the right, so
+    that those which run together share what the L2 cache holds.
     """
     program = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
@@ -97,7 +97,7 @@ def _product_tile(
 
 
 @triton.jit
-def _output_tile(start_m, start_n, rows, f, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _output_tile(start_m, start_n, rows, f, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where the tile of a (rows, f) matrix begins, its elements' places from there, and which of them exist."""
     offs_m, offs_n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     mask = (offs_m < rows - start_m) & (offs_n < f - start_n)
@@ -105,7 +105,25 @@ def _output_tile(start_m, start_n, rows, f, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 
 
 @triton.jit
-def _mlp_fwd_kernel(
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The left and the right half of a tile: what follows a product on whole ones does not fit into the registers."""
+    return tl.split(tl.permute(tl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _mlp_fwd_tile(acc, B, PRE, ACT, start_m, start_n, rows, f, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    begin, offs, mask = _output_tile(start_m, start_n, rows, f, BLOCK_M, BLOCK_N)
+    if B is not None:
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        acc += tl.load(B + offs_n, offs_n < f, other=0.0).to(tl.float32)[None, :]
+    pre = acc.to(ACT.dtype.element_ty)
+    if PRE is not None:
+        tl.store(PRE + begin + offs, pre, mask)
+    tl.store(ACT + begin + offs, _gelu(pre.to(tl.float32)).to(ACT.dtype.element_ty), mask)
+
+
+@triton.jit
+def _mlp_fwd_kernel(  # type: ignore[no-untyped-def]
     X, W, B, PRE, ACT, x_stride, rows, f, d,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -116,18 +134,22 @@ def _mlp_fwd_kernel(
     acc, start_m, start_n = _product_tile(
         X, W, x_stride, rows, f, d, True, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M
     )
-    if B is not None:
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        acc += tl.load(B + offs_n, offs_n < f, other=0.0).to(tl.float32)[None, :]
-    begin, offs, mask = _output_tile(start_m, start_n, rows, f, BLOCK_M, BLOCK_N)
-    pre = acc.to(ACT.dtype.element_ty)
-    if PRE is not None:
-        tl.store(PRE + begin + offs, pre, mask)
-    tl.store(ACT + begin + offs, _gelu(pre.to(tl.float32)).to(ACT.dtype.element_ty), mask)
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    _mlp_fwd_tile(left, B, PRE, ACT, start_m, start_n, rows, f, BLOCK_M, BLOCK_N // 2)
+    _mlp_fwd_tile(right, B, PRE, ACT, start_m, start_n + BLOCK_N // 2, rows, f, BLOCK_M, BLOCK_N // 2)
 
 
 @triton.jit
-def _mlp_bwd_kernel(
+def _mlp_bwd_tile(dact, PRE, DPRE, ACT, start_m, start_n, rows, f, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    begin, offs, mask = _output_tile(start_m, start_n, rows, f, BLOCK_M, BLOCK_N)
+    pre = tl.load(PRE + begin + offs, mask, other=0.0).to(tl.float32)
+    tl.store(DPRE + begin + offs, (dact * _gelu_derivative(pre)).to(DPRE.dtype.element_ty), mask)
+    if ACT is not None:
+        tl.store(ACT + begin + offs, _gelu(pre).to(ACT.dtype.element_ty), mask)
+
+
+@triton.jit
+def _mlp_bwd_kernel(  # type: ignore[no-untyped-def]
     DY, W, PRE, DPRE, ACT, dy_stride, rows, f, d,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -138,15 +160,13 @@ def _mlp_bwd_kernel(
     acc, start_m, start_n = _product_tile(
         DY, W, dy_stride, rows, f, d, False, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M
     )
-    begin, offs, mask = _output_tile(start_m, start_n, rows, f, BLOCK_M, BLOCK_N)
-    pre = tl.load(PRE + begin + offs, mask, other=0.0).to(tl.float32)
-    tl.store(DPRE + begin + offs, (acc * _gelu_derivative(pre)).to(DPRE.dtype.element_ty), mask)
-    if ACT is not None:
-        tl.store(ACT + begin + offs, _gelu(pre).to(ACT.dtype.element_ty), mask)
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    _mlp_bwd_tile(left, PRE, DPRE, ACT, start_m, start_n, rows, f, BLOCK_M, BLOCK_N // 2)
+    _mlp_bwd_tile(right, PRE, DPRE, ACT, start_m, start_n + BLOCK_N // 2, rows, f, BLOCK_M, BLOCK_N // 2)
 
 
 @triton.jit
-def _mlp_gelu_fwd_kernel(PRE, ACT, size, BLOCK: tl.constexpr):
+def _mlp_gelu_fwd_kernel(PRE, ACT, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """ACT = gelu(PRE), of so many elements. ACT may be PRE."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     pre = tl.load(PRE + offs, offs < size, other=0.0).to(tl.float32)
@@ -154,7 +174,7 @@ def _mlp_gelu_fwd_kernel(PRE, ACT, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _mlp_gelu_bwd_kernel(DACT, PRE, DPRE, ACT, size, BLOCK: tl.constexpr):
+def _mlp_gelu_bwd_kernel(DACT, PRE, DPRE, ACT, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """DPRE = DACT * gelu'(PRE) and ACT = gelu(PRE) (None: not written), of so many elements. DPRE may be DACT, and ACT
     may be PRE.
     """
@@ -185,9 +205,9 @@ class _Measured(NamedTuple):
 _FUSED_IS_FASTER: dict[str, tuple[_Measured, ...]] = {}
 
 
-def _fused(direction: str, name: str, tokens: int, f: int) -> bool:
-    """Whether the Triton product runs, on an architecture of this name."""
-    return any(
+def _fused(direction: str, name: str, tokens: int, d: int, f: int) -> bool:
+    """Whether the Triton product runs, for an architecture. Its loads are slow on rows that are not aligned."""
+    return (d % 16 == 0 and f % 16 == 0) and any(
         direction == m.direction and m.tokens[0] <= tokens <= m.tokens[1] and m.f[0] <= f <= m.f[1]
         for m in _FUSED_IS_FASTER.get(name, ())
     )
@@ -201,24 +221,36 @@ class _Tile(NamedTuple):
     stages: int
 
 
-_GROUP_M = 8
-# by the size of an element in bytes
-_TILES: dict[str, dict[int, _Tile]] = {
-    "sm_80": {2: _Tile(128, 128, 32, 4, 4), 4: _Tile(64, 64, 32, 4, 3)},
-    "sm_86": {2: _Tile(128, 128, 32, 4, 3), 4: _Tile(64, 64, 32, 4, 3)},
-    "sm_90": {2: _Tile(128, 256, 64, 8, 3), 4: _Tile(64, 64, 32, 4, 3)},
-    "sm_100": {2: _Tile(128, 256, 64, 8, 3), 4: _Tile(64, 64, 32, 4, 3)},
-    "gfx90a": {2: _Tile(128, 128, 64, 8, 2), 4: _Tile(64, 64, 32, 4, 2)},
-    "gfx942": {2: _Tile(128, 128, 64, 8, 2), 4: _Tile(64, 64, 32, 4, 2)},
-    "interpreter": {2: _Tile(32, 64, 32, 1, 1), 4: _Tile(32, 64, 32, 1, 1)},
+class _Tiles(NamedTuple):
+    """forward, backward: of 16 bit, as large as registers allow, of which the backward's epilogue takes more."""
+
+    forward: _Tile
+    backward: _Tile
+    fp32: _Tile
+
+
+_SM_80 = _Tile(128, 128, 32, warps=8, stages=4)
+_SM_90 = _Tiles(_Tile(128, 256, 64, 8, 3), _Tile(128, 128, 64, 8, 4), _Tile(64, 64, 32, 4, 3))
+_GFX = _Tile(128, 128, 64, 8, 2)
+_SMALL = _Tile(32, 64, 32, 1, 1)
+_TILES = {
+    "sm_80": _Tiles(_SM_80, _SM_80, _SM_90.fp32),
+    "sm_86": _Tiles(_SM_80, _SM_80, _SM_90.fp32),
+    "sm_90": _SM_90,
+    "sm_100": _SM_90,
+    "gfx90a": _Tiles(_GFX, _GFX, _Tile(64, 64, 32, 4, 2)),
+    "gfx942": _Tiles(_GFX, _GFX, _Tile(64, 64, 32, 4, 2)),
+    "interpreter": _Tiles(_SMALL, _SMALL, _SMALL),
 }
+_GROUP_M = 8
 _POINTWISE = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": True}  # 16 bytes a thread in bf16
 
 
-def _launch(a: Tensor, f: int, d: int) -> tuple[tuple[int], dict[str, Any]]:
+def _launch(direction: str, a: Tensor, f: int, d: int) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the options of a product A W with A (rows, d) and f columns."""
-    tile = _TILES[architecture(a.device)][a.element_size()]
-    tf32 = a.device.type == "cuda" and a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tile = getattr(_TILES[architecture(a.device)], "fp32" if a.dtype == torch.float32 else direction)
+    fp32 = a.device.type == "cuda" and a.dtype == torch.float32 and not torch.version.hip
+    tf32 = fp32 and torch.backends.cuda.matmul.allow_tf32
     options = {
         "EVEN_K": d % tile.k == 0,
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -241,7 +273,7 @@ def _rows(a: Tensor) -> Tensor:
 def _mlp_fwd(x: Tensor, up: Tensor, up_b: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
     """gelu(pre) and, with `keep`, pre."""
     (rows, d), f = x.shape, up.shape[0]
-    if not _fused("forward", architecture(x.device), rows, f):
+    if not _fused("forward", architecture(x.device), rows, d, f):
         pre = _linear(x, up, up_b)
         act = torch.empty_like(pre) if keep else pre
         if pre.numel():
@@ -253,7 +285,7 @@ def _mlp_fwd(x: Tensor, up: Tensor, up_b: Tensor | None, keep: bool) -> tuple[Te
     x = _rows(x)
     act = x.new_empty(rows, f)
     kept = torch.empty_like(act) if keep else None
-    grid, options = _launch(x, f, d)
+    grid, options = _launch("forward", x, f, d)
     if grid[0]:
         with on_device(x):
             bias = None if up_b is None else up_b.contiguous()
@@ -266,7 +298,7 @@ def _mlp_bwd(dy: Tensor, down: Tensor, pre: Tensor, want_act: bool, own: bool) -
     (rows, d), f = dy.shape, down.shape[1]
     pre = pre.contiguous()
     act = None if not want_act else pre if own else torch.empty_like(pre)
-    if not _fused("backward", architecture(dy.device), rows, f):
+    if not _fused("backward", architecture(dy.device), rows, d, f):
         dpre = product(dy, down.mT)
         if dpre.numel():
             with on_device(dy):
@@ -276,7 +308,7 @@ def _mlp_bwd(dy: Tensor, down: Tensor, pre: Tensor, want_act: bool, own: bool) -
         return dpre, act
     dy = _rows(dy)
     dpre = torch.empty_like(pre)
-    grid, options = _launch(dy, f, d)
+    grid, options = _launch("backward", dy, f, d)
     if grid[0]:
         with on_device(dy):
             _mlp_bwd_kernel[grid](dy, down.contiguous(), pre, dpre, act, dy.stride(0), rows, f, d, **options)
@@ -290,21 +322,24 @@ def variants(architecture: str) -> list[Variant]:
     def add(kernel: Any, words: str, dtype: str, constants: dict[str, Any], warps: int, stages: int) -> None:
         names = [name for name in kernel.arg_names if name not in constants]
         types = {name: f"*{dtype}" if name.isupper() else "i32" for name in names}
-        divisible = tuple(name for name in names if name != "rows" and (name == "size" or "EVEN_K" in constants))
-        if not constants.get("EVEN_K", True):
-            divisible = tuple(name for name in names if name.isupper())
+        divisible = tuple(name for name in names if name != "rows")
         label = f"{kernel.fn.__name__} {dtype} {words}".strip()
         options = {"enable_fp_fusion": True}
         found.append(Variant("mlp", label, kernel, types, constants, divisible, warps, stages, options=options))
 
-    for dtype, size, precision in (("bf16", 2, "ieee"), ("fp16", 2, "ieee"), ("fp32", 4, "ieee"), ("fp32", 4, "tf32")):
-        tile = _TILES[architecture][size]
-        for kernel in (_mlp_fwd_kernel, _mlp_bwd_kernel):
+    tiles = _TILES[architecture]
+    for dtype, precision in (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")):
+        if precision == "tf32" and not architecture.startswith("sm_"):
+            continue
+        for kernel, tile in ((_mlp_fwd_kernel, tiles.forward), (_mlp_bwd_kernel, tiles.backward)):
+            tile = tiles.fp32 if dtype == "fp32" else tile
             for even in (True, False):
                 constants = {"EVEN_K": even, "PRECISION": precision, "GROUP_M": _GROUP_M}
                 constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-                words = f"{tile.m}x{tile.n}x{tile.k}" + ("" if even else " ragged") + f" {precision}" * (size == 4)
-                add(kernel, words, dtype, constants, tile.warps, tile.stages)
+                words = [f"{tile.m}x{tile.n}x{tile.k}", *([] if even else ["ragged"])]
+                add(
+                    kernel, " ".join(words + [precision] * (dtype == "fp32")), dtype, constants, tile.warps, tile.stages
+                )
         if precision == "ieee":
             for kernel in (_mlp_gelu_fwd_kernel, _mlp_gelu_bwd_kernel):
                 add(kernel, "", dtype, {"BLOCK": _POINTWISE["BLOCK"]}, int(_POINTWISE["num_warps"]), 1)

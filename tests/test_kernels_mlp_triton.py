@@ -45,16 +45,20 @@ def test_outputs_and_gradients(chunk_size: int | None, bias: bool, dtype: torch.
     compare(partial(mlp, chunk_size=chunk_size), reference.mlp, given, dtype)
 
 
-@pytest.mark.parametrize(("d", "f"), [(1, 1), (31, 63), (33, 65), (100, 129)])
+@pytest.mark.parametrize(("d", "f"), [(31, 63), (33, 65), (100, 129)])
 def test_widths(d: int, f: int):
-    compare_pooled(mlp, reference.mlp, [inputs((33,), d, f, True) for _ in range(2 if d > 1 else 20)], torch.float32)
+    compare_pooled(mlp, reference.mlp, [inputs((33,), d, f, True) for _ in range(2)], torch.float32)
+
+
+def test_one_column():
+    given = inputs((3,), 1, 1, True)
+    torch.testing.assert_close(mlp(*given), reference.mlp(*given))
 
 
 @pytest.mark.parametrize("n", [(), (0,), (1,), (17,), (33,)])
 def test_lengths(n: tuple[int, ...]):
-    draws = [inputs(n, 48, 80, True) for _ in range(4)]
+    draws = [inputs(n, 48, 80, True) for _ in range(3)]
     compare_pooled(partial(mlp, chunk_size=16), reference.mlp, draws, torch.float32)
-    compare_pooled(mlp, reference.mlp, draws, torch.float32)
 
 
 def test_large_values_in_bf16():
@@ -125,10 +129,9 @@ def test_autocast():
         torch.testing.assert_close(got, want.float(), rtol=2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 4])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "chunk_size"), [(True, None), (False, 4)])
 def test_opcheck(bias: bool, chunk_size: int | None):
-    given = [None if t is None else t.bfloat16().requires_grad_() for t in inputs((9,), 8, 12, bias)]
+    given = [None if t is None else t.bfloat16().requires_grad_() for t in inputs((5,), 8, 12, bias)]
     torch.library.opcheck(torch.ops.mpt.mlp, (*given, chunk_size, True))
     with torch.no_grad():
         y, pre = torch.ops.mpt.mlp(*given, chunk_size, True)
@@ -160,12 +163,13 @@ def test_the_table_of_measurements_decides(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     entry = ours._Measured("backward", (1024, 8192), (4096, 2**20), "a machine")
     monkeypatch.setitem(ours._FUSED_IS_FASTER, "sm_90", (entry,))
-    assert ours._fused("backward", "sm_90", 1024, 4096)
+    assert ours._fused("backward", "sm_90", 1024, 768, 4096)
     for other in (
-        ("forward", "sm_90", 1024, 4096),
-        ("backward", "sm_80", 1024, 4096),
-        ("backward", "sm_90", 1023, 4096),
-        ("backward", "sm_90", 8193, 4096),
-        ("backward", "sm_90", 1024, 4095),
+        ("forward", "sm_90", 1024, 768, 4096),
+        ("backward", "sm_80", 1024, 768, 4096),
+        ("backward", "sm_90", 1023, 768, 4096),
+        ("backward", "sm_90", 8193, 768, 4096),
+        ("backward", "sm_90", 1024, 768, 4080),
+        ("backward", "sm_90", 1024, 769, 4096),
     ):
         assert not ours._fused(*other)

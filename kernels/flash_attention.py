@@ -61,6 +61,7 @@ class _Tiles(NamedTuple):
     fwd: _Tile
     dq: _Tile
     dkdv: _Tile
+    split: bool = False  # dk and dv by a kernel each: half the accumulators
 
     @property
     def skip(self) -> int:
@@ -68,23 +69,46 @@ class _Tiles(NamedTuple):
         return max(64, self.fwd.n) if self.fwd.m > 32 else self.fwd.n
 
 
-_SMALL = _Tiles(_Tile(32, 32, 4, 1), _Tile(32, 32, 4, 1), _Tile(32, 32, 4, 1))
-# By head dimension, padded to a power of two and at least 64, for fp16 and bf16; then for fp32.
+_SMALL = _Tiles(_Tile(32, 32, 4, 1), _Tile(32, 32, 4, 1), _Tile(32, 32, 4, 1))  # fp32, and the interpreter
+_AMPERE = {  # within the 99 KB of sm_86
+    64: _Tiles(_Tile(128, 64, 8, 2), _Tile(64, 64, 4, 2), _Tile(64, 64, 4, 2)),
+    128: _Tiles(_Tile(128, 64, 8, 2), _Tile(128, 32, 8, 2), _Tile(64, 64, 8, 2)),
+    256: _Tiles(_Tile(64, 32, 8, 1), _Tile(64, 32, 8, 1), _Tile(32, 32, 8, 1), split=True),
+}
+_AMD = {  # within 64 KB
+    64: _Tiles(_Tile(128, 64, 4, 1), _Tile(64, 64, 4, 1), _Tile(64, 64, 4, 1)),
+    128: _Tiles(_Tile(128, 32, 8, 1), _Tile(64, 32, 4, 1), _Tile(32, 64, 4, 1)),
+    256: _Tiles(_Tile(64, 32, 4, 1), _Tile(32, 32, 4, 1), _Tile(32, 32, 4, 1), split=True),
+}
+# Of fp16 and bf16, by head dimension, padded to a power of two and at least 64.
 _TILES: dict[str, dict[int, _Tiles]] = {
+    "sm_80": _AMPERE,
+    "sm_86": _AMPERE,
     "sm_90": {
         64: _Tiles(_Tile(128, 128, 8, 2), _Tile(128, 64, 8, 2), _Tile(128, 64, 8, 2)),
         128: _Tiles(_Tile(128, 64, 8, 2), _Tile(128, 64, 8, 2), _Tile(128, 64, 8, 2)),
-        256: _Tiles(_Tile(128, 64, 8, 2), _Tile(64, 64, 8, 1), _Tile(64, 64, 8, 1)),
+        256: _Tiles(_Tile(128, 64, 8, 2), _Tile(128, 64, 8, 1), _Tile(128, 64, 8, 1), split=True),
     },
+    "sm_100": {
+        64: _Tiles(_Tile(128, 128, 8, 2), _Tile(128, 64, 8, 2), _Tile(128, 64, 8, 2)),
+        128: _Tiles(_Tile(128, 64, 8, 2), _Tile(128, 64, 8, 2), _Tile(128, 64, 8, 1)),
+        256: _Tiles(_Tile(128, 64, 8, 1), _Tile(128, 32, 8, 1), _Tile(128, 32, 8, 1), split=True),
+    },
+    "gfx90a": _AMD,
+    "gfx942": _AMD,
 }
-_TILES_FP32: dict[str, dict[int, _Tiles]] = {}
 _TMA = {"sm_90", "sm_100"}
 
 
 def _tiles(name: str, d: int, dtype: torch.dtype) -> _Tiles:
     """The tiles for an architecture's name and a head dimension."""
-    table = (_TILES_FP32 if dtype == torch.float32 else _TILES).get(name)
+    table = None if dtype == torch.float32 else _TILES.get(name)
     return _SMALL if table is None else table[max(64, triton.next_power_of_2(d))]
+
+
+def _splits(tiles: _Tiles, group: int, dropout: bool) -> bool:
+    """Whether dk and dv have a kernel each: a loop over heads, and random numbers, need registers."""
+    return tiles.split or group > 1 or dropout
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
@@ -135,6 +159,7 @@ def _call(
     window: int | None,
     query_offset: int,
     dropout_p: float,
+    *,
     skip: bool,
 ) -> _Call:
     flags = {
@@ -329,7 +354,8 @@ def _flash_attention_bwd(
         "enable_fp_fusion": True,
     }
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(do))
-    for want_dk, want_dv in [(True, True)] if h == g else [(True, False), (False, True)]:
+    split = _splits(tiles, h // g, call.dropout_p > 0)
+    for want_dk, want_dv in [(True, False), (False, True)] if split else [(True, True)]:
         tile = tiles.dkdv
         n = triton.cdiv(t, tile.n)
         device._flash_attention_bwd_dkdv_kernel[(n * b * g,)](
@@ -396,30 +422,34 @@ _NEEDS = {"SLOPES": "ALIBI", "KEY_IDS": "IDS", "QUERY_IDS": "DOCS", "PREFIX_MASK
 _NEEDS |= dict.fromkeys(("KEY_MAX", "ORDER", "LAST"), "SKIP")
 
 
+_MAIN_KERNELS = {"fwd": "fwd", "dq": "bwd_dq", "dkdv": "bwd_dkdv", "dk": "bwd_dkdv", "dv": "bwd_dkdv"}
+_SMALL_KERNELS = ("bounds", "key_norm", "key_max", "order", "last_kept", "bwd_delta")
+
+
 def variants(name: str) -> list[Variant]:
-    """Every kernel with an inner loop for an architecture's name, and the small ones once."""
-    found = [_variant(name, kernel, d, torch.bfloat16, "skip") for kernel in _SMALL_KERNELS for d in (64, 128)]
-    for d in (32, 64, 80, 96, 112, 128, 256):
-        for shape in _SHAPES if d in (64, 128) else ("skip", "plain"):
-            found += [_variant(name, kernel, d, torch.bfloat16, shape) for kernel in _MAIN_KERNELS]
-    for dtype in (torch.float16, torch.float32):
-        found += [_variant(name, kernel, d, dtype, "skip") for kernel in _MAIN_KERNELS for d in (64, 128)]
-    found += [_variant(name, kernel, 128, torch.bfloat16, "skip", group=4) for kernel in _MAIN_KERNELS]
+    """The kernels for an architecture's name: those with an inner loop in the head dimensions, dtypes and modes that
+    differ most, the small ones once.
+    """
+    cases = [(d, torch.bfloat16, shape, 1) for d in (64, 128) for shape in _SHAPES]
+    cases += [(d, torch.bfloat16, shape, 1) for d in (32, 80, 96, 112, 256) for shape in ("skip", "plain")]
+    cases += [(d, dtype, "skip", 1) for d in (64, 128) for dtype in (torch.float16, torch.float32)]
+    cases += [(d, torch.bfloat16, "skip", 4) for d in (64, 128)]
+    found = [_variant(name, part, 128, torch.bfloat16, "skip", 1) for part in _SMALL_KERNELS]
+    for d, dtype, shape, group in cases:
+        split = _splits(_tiles(name, d, dtype), group, "DROPOUT" in _SHAPES[shape])
+        parts = ("fwd", "dq", "dk", "dv") if split else ("fwd", "dq", "dkdv")
+        found += [_variant(name, part, d, dtype, shape, group) for part in parts]
     return found
 
 
-_MAIN_KERNELS = {"fwd": "fwd", "dq": "bwd_dq", "dkdv": "bwd_dkdv"}
-_SMALL_KERNELS = {k: k for k in ("bounds", "key_norm", "key_max", "order", "last_kept", "bwd_delta")}
-
-
-def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group: int = 1) -> Variant:
-    kernel = getattr(device, f"_flash_attention_{(_MAIN_KERNELS | _SMALL_KERNELS)[part]}_kernel")
-    tiles, short = _tiles(name, d, dtype), {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype), "fp32")
-    main = part in _MAIN_KERNELS
-    tile = getattr(tiles, part) if main else _Tile(tiles.fwd.m, tiles.fwd.n, 4, 1)
-    on = ("IDS", "DOCS", "PREFIX") if part == "bounds" else _SHAPES[shape]
+def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group: int) -> Variant:
+    main, tiles = part in _MAIN_KERNELS, _tiles(name, d, dtype)
+    kernel = getattr(device, f"_flash_attention_{_MAIN_KERNELS.get(part, part)}_kernel")
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    tile = getattr(tiles, "dkdv" if part in ("dk", "dv") else part) if main else _Tile(tiles.fwd.m, tiles.fwd.n, 4, 3)
+    on = _SHAPES[shape] if main else ("IDS", "DOCS", "PREFIX")
     on += ("EXACT",) if dtype == torch.float32 else ()
-    tma = main and name in _TMA and d * dtype.itemsize % 16 == 0
+    tma = main and name in _TMA
     values = {
         "MODE": sum(getattr(device, flag).value for flag in on),
         "GROUP": group,
@@ -432,8 +462,8 @@ def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group
         "TMA": tma,
         "PREC": "ieee",
         "RHO": _product_error(dtype, "ieee"),
-        "WANT_DK": True,
-        "WANT_DV": group == 1,
+        "WANT_DK": part != "dv",
+        "WANT_DV": part != "dk",
         "KEYS": True,
         "TILE": tile.n,
         "CHUNK": 1024,
@@ -442,26 +472,23 @@ def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group
         "TILES": 64,
         "LSE_GRADIENT": False,
     }
+    values |= {"DLSE": None} if not main else {arg: None for arg, flag in _NEEDS.items() if flag not in on}
+    if main and "IDS" not in on and "PREFIX" not in on:
+        values["BOUNDS"] = None
     constants = {arg: values[arg] for arg in kernel.arg_names if arg in values}
-    if main:
-        constants |= {arg: None for arg, flag in _NEEDS.items() if arg in kernel.arg_names and flag not in on}
-        if "IDS" not in on and "PREFIX" not in on:
-            constants["BOUNDS"] = None
-    elif "DLSE" in kernel.arg_names:
-        constants["DLSE"] = None
     signature = {arg: _TYPES.get(arg, "i32").format(short) for arg in kernel.arg_names if arg not in constants}
     if tma:
-        blocks = {
-            arg: rows for arg, rows in (("Q", tile.m), ("K", tile.n), ("V", tile.n), ("DO", tile.m)) if arg in signature
-        }
+        blocks = {arg: tile.m if arg in ("Q", "DO") else tile.n for arg in ("Q", "K", "V", "DO") if arg in signature}
         signature |= {arg: f"tensordesc<{short}[1,1,{rows},{_padded(d)}]>" for arg, rows in blocks.items()}
     numbers = ("scale", "dropout_p", "share", "B", "H", "G", "tiles", "start_tiles", "blocks", "chunks", "n")
     divisible = tuple(a for a in signature if a not in numbers and not signature[a].startswith("tensordesc"))
-    label = f"{part} D{d} {short} {shape if main else ''} {tile.m}x{tile.n} warps {tile.warps} group {group}"
+    label = f"{part} D{d} {short} {shape} {tile.m}x{tile.n} warps {tile.warps} group {group}" if main else part
     options = {"enable_fp_fusion": True} if main else {}
-    warps, stages = (tile.warps, tile.stages) if main else (4, 3)
     scores = tile.m * tile.n if main else None
-    return Variant("flash_attention", label, kernel, signature, constants, divisible, warps, stages, scores, options)
+    stages = tile.stages
+    return Variant(
+        "flash_attention", label, kernel, signature, constants, divisible, tile.warps, stages, scores, options
+    )
 
 
 # ---- the boundary ----------------------------------------------------------------------------------------------------
@@ -491,7 +518,7 @@ def _op(
         rest: Any = (causal, scale, window, query_offset, dropout_p)
         if triton:
             skips = _skips(q, k, slopes, query_offset, skip)
-            return _flash_attention_fwd(q, k, v, _call(q, k, slopes, *masks, seed, *rest, skips))
+            return _flash_attention_fwd(q, k, v, _call(q, k, slopes, *masks, seed, *rest, skip=skips))
         return plain.attend(q, k, v, plain.make_call(slopes, *masks, seed, *rest), skip)
 
 
@@ -538,7 +565,7 @@ def _op_backward(
         rest: Any = (causal, scale, window, query_offset, dropout_p)
         if triton:
             assert out is not None and lse is not None
-            call = _call(q, k, slopes, *masks, seed, *rest, starts.numel() > 0)
+            call = _call(q, k, slopes, *masks, seed, *rest, skip=starts.numel() > 0)
             return _flash_attention_bwd(do, dlse, q, k, v, out, lse, starts, call)
         return plain.attend_backward(do, dlse, q, k, v, starts, plain.make_call(slopes, *masks, seed, *rest))
 
@@ -599,14 +626,14 @@ def flash_attention(
     Query s of the call has position i = query_offset + s, key t has j = t. It is visible where all of these hold: j <=
     i, if causal, or prefix_mask[b, j]; |i - j| < window; attention_mask[b, j]; sequence_id[b, j] == sequence_id[b, i]
     and not negative. The masks are over keys, (B, T): attention_mask and prefix_mask bool or integer, sequence_id
-    integer (needs query_offset + S <= T). A query that sees nothing gives 0 and lse -inf.
+    integer (needs query_offset + S <= T; Triton hashes ids from 2^31 up to 31 bits). A query that sees nothing gives 0 and lse -inf.
 
     dropout_p: of the probabilities, those kept divided by 1 - p, drawn from `seed` (None: from torch's generator) and
     drawn again in the backward; another implementation draws others from the same seed.
     skip: leave out keys that provably weigh at most 2^-24 of their row (fp64: 2^-53), for any input; out then differs
     by at most 2^-23 * max|v|. False is for comparison.
 
-    TypeError on dtypes, devices, DTensors; ValueError on shapes and values. Its second derivative is refused.
+    TypeError on dtypes, devices, DTensors; ValueError on shapes and values (Triton: D <= 256, no fp64). Its second derivative is refused.
     """
     check_tensors("flash_attention", q=q, k=k, v=v)
     dtype = autocast_dtype(q)

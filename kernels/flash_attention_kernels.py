@@ -596,8 +596,8 @@ def _flash_attention_bwd_delta_kernel(
     O, DO, LSE, DLSE, LSE2, DELTA, H, S, tiles, sdb, sdh, sdm,
     LSE_GRADIENT: tl.constexpr, MODE: tl.constexpr, DH: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """LSE2 and DELTA (B, H, tiles * BLOCK_M): lse in the base at hand, and sum_d o do - dlse. Rows beyond S, and those that see
-    nothing, get lse inf, which makes their probabilities 0 without a mask.
+    """LSE2 and DELTA (B, H, tiles * BLOCK_M): lse in the base at hand, and sum_d o do - dlse. Rows beyond S, and those
+    that see nothing, get lse inf, which makes their probabilities 0 without a mask.
     """
     t = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles).to(tl.int64)

@@ -125,7 +125,7 @@ def field(name: str) -> str:
 @pytest.mark.parametrize("name", [*ATTENTION[1:], *IDS[1:], *PREFIX[1:]])
 def test_each_mask(name: str):
     """Skipping is on."""
-    both(*qkv(2, 140, 1, 16), alibi_slopes=torch.tensor([0.5]), **{field(name): masks(2, 140)[name]})
+    both(*qkv(2, 140, 1, 16), torch.bfloat16, alibi_slopes=torch.tensor([0.5]), **{field(name): masks(2, 140)[name]})
 
 
 @settings(max_examples=15, deadline=None, derandomize=False)
@@ -154,7 +154,8 @@ def test_masks_in_combination(s, before, extra, heads, window, causal, slope, na
 @pytest.mark.parametrize(("s", "t", "offset"), [(1, 200, 199), (40, 160, 120), (90, 40, 0), (20, 50, 70)])
 @pytest.mark.parametrize("window", [None, 30])
 def test_query_offset(s: int, t: int, offset: int, window: int | None):
-    both(*qkv(1, s, 2, 16, 1, t), alibi_slopes=kernels.alibi_slopes(2), query_offset=offset, window=window)
+    rules = {"query_offset": offset, "window": window}
+    both(*qkv(1, s, 2, 16, 1, t), torch.bfloat16, alibi_slopes=kernels.alibi_slopes(2), **rules)
 
 
 def test_a_row_that_sees_nothing_gives_zero():

@@ -626,14 +626,16 @@ def flash_attention(
     Query s of the call has position i = query_offset + s, key t has j = t. It is visible where all of these hold: j <=
     i, if causal, or prefix_mask[b, j]; |i - j| < window; attention_mask[b, j]; sequence_id[b, j] == sequence_id[b, i]
     and not negative. The masks are over keys, (B, T): attention_mask and prefix_mask bool or integer, sequence_id
-    integer (needs query_offset + S <= T; Triton hashes ids from 2^31 up to 31 bits). A query that sees nothing gives 0 and lse -inf.
+    integer (needs query_offset + S <= T; Triton hashes ids from 2^31 up to 31 bits). A query that sees nothing gives 0
+    and lse -inf.
 
     dropout_p: of the probabilities, those kept divided by 1 - p, drawn from `seed` (None: from torch's generator) and
     drawn again in the backward; another implementation draws others from the same seed.
     skip: leave out keys that provably weigh at most 2^-24 of their row (fp64: 2^-53), for any input; out then differs
     by at most 2^-23 * max|v|. False is for comparison.
 
-    TypeError on dtypes, devices, DTensors; ValueError on shapes and values (Triton: D <= 256, no fp64). Its second derivative is refused.
+    TypeError on dtypes, devices, DTensors; ValueError on shapes and values (Triton: D <= 256, no fp64). Its second
+    derivative is refused.
     """
     check_tensors("flash_attention", q=q, k=k, v=v)
     dtype = autocast_dtype(q)

@@ -7,9 +7,8 @@
 hidden (N, d), weight (V, d), labels (N); matrix products in hidden's dtype, everything between them and the sum of
 dweight over chunks in fp32 (float64 for float64). Tokens whose label is ignored take no part. With a mean or a sum the
 gradients are formed in the forward, while a chunk's logits are there, and scaled in the backward (three matrix products
-in all, as for whole logits; kept: dhidden and dweight). With reduction "none", and in a second backward through a
-retained graph, the backward recomputes the logits. The chunked form is known from Liger-Kernel (arXiv 2410.10989) and
-Cut Cross-Entropy (arXiv 2411.09009).
+in all, as for whole logits; saved: dhidden and dweight). With reduction "none" the backward recomputes the logits. The
+chunked form is known from Liger-Kernel (arXiv 2410.10989) and Cut Cross-Entropy (arXiv 2411.09009).
 
 On a GPU the matrix products are the library's, on chunks large enough to fill it, and one kernel between them turns a
 chunk's logits into losses and, in place, into dz: read twice (the second time from the L2 cache) and written once, in
@@ -40,7 +39,7 @@ from kernels.backend import (
 from kernels.compile import Variant
 from kernels.product import product
 
-_CPU_ELEMENTS = 2**24  # logits of a chunk: enough that adding to dweight costs little beside the matrix products
+_CPU_ELEMENTS = 2**25  # logits of a chunk: enough that adding to dweight costs little beside the matrix products
 _GPU_ELEMENTS = 2**28
 _CACHED_ELEMENTS = 2**20  # logits between whose passes nothing leaves a CPU's cache
 
@@ -358,11 +357,10 @@ def _op(
     chunk_size: int | None,
     grad_hidden: bool,
     grad_weight: bool,
-    own: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, the factor of the gradients, and the gradients of the sum (empty where not asked for, and for reduction
-    none). own: nobody else reads those gradients, so that the backward may scale them in place.
+    none).
     """
     loss = _Loss(ignore_index, logit_scale, label_smoothing, z_loss)
     grads = (grad_hidden and reduction != "none", grad_weight and reduction != "none")
@@ -388,7 +386,6 @@ def _(
     chunk_size: int | None,
     grad_hidden: bool,
     grad_weight: bool,
-    own: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (n, d), formed, up = hidden.shape, reduction != "none", wide(hidden.dtype)
@@ -399,7 +396,10 @@ def _(
 
 @torch.library.custom_op("mpt::linear_cross_entropy_backward", mutates_args=())
 def _op_backward(
+    dloss: Tensor,
     factor: Tensor,
+    dh: Tensor,
+    dw: Tensor,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -407,21 +407,27 @@ def _op_backward(
     logit_scale: float,
     label_smoothing: float,
     z_loss: float,
+    reduction: str,
     chunk_size: int | None,
     grad_hidden: bool,
     grad_weight: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of sum_i factor_i * loss_i, factor (N), from the logits computed again."""
-    loss = _Loss(ignore_index, logit_scale, label_smoothing, z_loss)
     with no_autocast(hidden):
+        if reduction != "none":
+            factor = dloss * factor
+            return (dh * factor).to(hidden.dtype), (dw * factor).to(weight.dtype)
+        loss = _Loss(ignore_index, logit_scale, label_smoothing, z_loss)
+        grads = (grad_hidden, grad_weight)
         run = _run_triton if triton else _run
-        _, dh, dw = run(hidden, weight, labels, loss, chunk_size, (grad_hidden, grad_weight), factor=factor)
+        _, dh, dw = run(hidden, weight, labels, loss, chunk_size, grads, factor=dloss)
         return dh, dw.to(weight.dtype)
 
 
 @_op_backward.register_fake
-def _(factor: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(
+    dloss: Tensor, factor: Tensor, dh: Tensor, dw: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     grad_hidden, grad_weight = rest[-3:-1]
     d = hidden.shape[1]
     return (
@@ -431,32 +437,16 @@ def _(factor: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tenso
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, factor, *formed = output
-    *settings, reduction, chunk_size, grad_hidden, grad_weight, own, triton = inputs[3:]
-    ctx.set_materialize_grads(False)
-    ctx.settings = (*settings, chunk_size, grad_hidden, grad_weight, triton)
-    formed = [] if reduction == "none" else formed
-    # Not saved but owned: the backward scales them in place and gives them away, one tensor of weight's size less. Not
-    # so while a graph is traced, which has to see what is saved.
-    ctx.owned = formed if own and all(type(grad) is Tensor for grad in formed) else []
-    if ctx.owned:
-        ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(factor, *inputs[:3], *([] if ctx.owned else formed))
+    ctx.set_materialize_grads(False)  # no zeros for the gradients among the outputs, which are nobody's
+    ctx.save_for_backward(*output[1:], *inputs[:3])
+    ctx.settings = inputs[3:]
 
 
 def _differentiate(ctx: Any, dloss: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
     if dloss is None:
-        return (None,) * 13
-    factor, hidden, weight, labels, *formed = ctx.saved_tensors
-    owned, ctx.owned = ctx.owned, []
-    factor = dloss * factor
-    if formed:
-        dh, dw = ((grad * factor).to(like.dtype) for grad, like in zip(formed, (hidden, weight)))
-    elif owned and not torch.is_grad_enabled():  # enabled: a graph of the gradients is wanted
-        dh, dw = (grad.mul_(factor).to(like.dtype) for grad, like in zip(owned, (hidden, weight)))
-    else:
-        dh, dw = _op_backward(factor.expand(labels.shape), hidden, weight, labels, *ctx.settings)
-    return (dh if ctx.needs_input_grad[0] else None, dw if ctx.needs_input_grad[1] else None, *[None] * 11)
+        return (None,) * 12
+    dh, dw = _op_backward(dloss, *ctx.saved_tensors, *ctx.settings)
+    return (dh if ctx.needs_input_grad[0] else None, dw if ctx.needs_input_grad[1] else None, *[None] * 10)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -523,7 +513,6 @@ def linear_cross_entropy(
         chunk_size,
         recording and hidden.requires_grad,
         recording and weight.requires_grad,
-        True,
         which == "triton",
     )[0]
     return out.view(labels.shape) if reduction == "none" else out

@@ -11,6 +11,7 @@ from data_files import edit_manifest, write_shards, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import backend
 from trainer import yamlfile
 from trainer.config import TrainConfig, config_to_yaml, load_config, validate
 from trainer.data import file_sha256
@@ -349,7 +350,6 @@ def test_what_follows_from_a_recipe(recipe, tmp_path):
         ),
         (["fsdp_config.replicate=3"], 4, r"fsdp_config.replicate=3 does not divide the 4 processes"),
         (["fsdp_config.replicate=0"], 4, r"fsdp_config.replicate=0"),
-        (["kernels=triton"], 1, r"kernels=triton: .*use 'auto'"),
         (["fsdp_config.cpu_offload=true"], 1, r"cpu_offload=true needs a GPU"),
         (["model.vocab_size=50"], 1, r"token id 89, vocab_size is 50"),
         (["train_loader.dataset.local=nowhere"], 1, r"nowhere: there is no such folder"),
@@ -361,6 +361,12 @@ def test_what_follows_from_a_recipe(recipe, tmp_path):
 )
 def test_cross_checks(recipe, overrides, world, message):
     assert_matches(error(validate, load_config(recipe(), overrides), world), message)
+
+
+def test_kernels_that_this_device_cannot_run(recipe, monkeypatch):
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
+    config = load_config(recipe(), ["kernels=triton"])
+    assert_matches(error(validate, config, 1), r"kernels=triton: .*the tensor is on cpu.*use 'auto'")
 
 
 def test_the_environments_kernels_are_checked_before_the_files(recipe, monkeypatch):

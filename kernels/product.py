@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 
 _LEAST = 2**21  # multiplications below which the call's overhead decides
-# oneDNN sums the terms one by one: summed in parts, the rounding error stays MKL's. The more terms there are, the
-# larger both errors, and the larger the parts may be.
-_PART, _LARGE_PART, _MANY = 384, 768, 4096
-_COPIED = (
-    2**22
-)  # elements of b whose parts are copied at a time: of a vocabulary's weight they would be a chunk of logits
+_TERMS = (1024, 8192)  # between these oneDNN sums terms one by one: summed in parts, the rounding error stays MKL's
+_PART = 768
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -24,19 +20,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     (m, k), n = a.shape, b.shape[0]
     if a.dtype != torch.float32 or m * n * k < _LEAST or not _onednn(a):
         return torch.mm(a, b.mT)
-    rows = max(1, _COPIED // k)
-    if n > rows:
-        out = a.new_empty(m, n)
-        for i in range(0, n, rows):
-            out[:, i : i + rows] = _product(a, b[i : i + rows])
-        return out
-    return _product(a, b)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """The same by oneDNN, fp32."""
-    k, linear = a.shape[1], torch.ops.mkldnn._linear_pointwise
-    step = -(-k // -(-k // (_PART if k < _MANY else _LARGE_PART)))
+    linear = torch.ops.mkldnn._linear_pointwise
+    if not _TERMS[0] < k < _TERMS[1]:
+        return linear(_dense(a), _dense(b), None, "none", [], "")
+    step = -(-k // -(-k // _PART))
     out = linear(_dense(a[:, :step]), _dense(b[:, :step]), None, "none", [], "")
     for i in range(step, k, step):
         out = linear.binary(_dense(a[:, i : i + step]), out, _dense(b[:, i : i + step]), None, "add")

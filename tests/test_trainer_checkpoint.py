@@ -182,6 +182,31 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(two_saved, kind):
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-1", "step-2"]
 
 
+def test_a_checkpoint_under_another_steps_name_is_not_trusted(two_saved):
+    folder, saved = two_saved
+    (folder / "step-2").rename(folder / "step-9")
+    model, optimizer = make(seed=5)
+    load_weights(folder / "step-9", model)  # whose name says nothing of its place in a run
+    said = Messages()
+    with opened(folder, say=said) as checkpointer:
+        assert checkpointer.restore(model, optimizer)["step"] == 1
+    assert digests(model, optimizer) == saved[1]
+    assert "step-9 is renamed: it holds step 2" in said and (folder / "step-9.damaged").is_dir()
+
+
+def test_swapped_checkpoints_are_named_and_left(two_saved):
+    folder, _ = two_saved
+    (folder / "step-1").rename(folder / "aside")
+    (folder / "step-2").rename(folder / "step-1")
+    (folder / "aside").rename(folder / "step-2")
+    with opened(folder) as checkpointer:
+        with pytest.raises(
+            InputError, match=r"(?s)step-2 is renamed: it holds step 1; name it step-1.*step-1 is renam"
+        ):
+            checkpointer.restore(*make())
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-1", "step-2"]
+
+
 def test_no_good_checkpoint_is_an_error_not_a_fresh_start(two_saved):
     folder, _ = two_saved
     flip_bit(folder / "step-1" / "__0_0.distcp")

@@ -220,7 +220,11 @@ class Checkpointer:
             self._say(message)
 
     def _verified(self, path: Path) -> tuple[Manifest, Metadata]:
-        return _verified(path, self._group)
+        manifest, index = _verified(path, self._group)
+        if path.name != f"step-{manifest.step}":
+            # Under another name it would be taken for newer or older than it is.
+            raise DamagedCheckpoint(f"{path} is renamed: it holds step {manifest.step}; name it step-{manifest.step}")
+        return manifest, index
 
     def _check_fingerprint(self, path: Path, manifest: Manifest) -> None:
         old, new = _flat(manifest.fingerprint), _flat(self._fingerprint)

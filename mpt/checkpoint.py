@@ -1,5 +1,6 @@
 """Weights on disk: Hugging Face folders, written as a stream of tensors and read onto models that may be sharded."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -47,16 +48,18 @@ def save_hf(
     write: whether this rank writes; True on one of them.
     tokenizer_files: copied along.
 
-    Everything goes into `folder`.tmp, which is renamed at the end; an older export in `folder` is replaced, anything
-    else refused. ValueError where names or shapes are not the configuration's. Warns where transformers would load the
-    folder and compute something else.
+    Everything goes into `folder`.tmp, which is renamed at the end; an older export in `folder` is replaced (and is
+    `folder`.old for a moment), anything else under these three names refused. ValueError where names or shapes are not
+    the configuration's. Warns where transformers would load the folder and compute something else.
     """
     folder, limit = Path(folder), _bytes(max_shard_size)
     temporary = folder.with_name(folder.name + ".tmp")
     if write:
-        _check_replaceable(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for path in (folder, temporary, _old(folder)):
+            _check_replaceable(path)
+        _remove(temporary)
         temporary.mkdir(parents=True)
+        config.save_pretrained(temporary)  # first, so that what a killed process leaves is known for an export
     expected = parameter_shapes(config)
     shard: dict[str, Tensor] = {}
     files: list[list[str]] = []
@@ -159,12 +162,30 @@ def unsupported_by_transformers(config: MptConfig) -> list[str]:
 
 
 def _replace(temporary: Path, folder: Path) -> None:
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _old(folder)
+    _remove(old)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the export is whole; the next one tries again
+        _remove(old)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
+def _remove(folder: Path) -> None:
+    """Delete an export, config.json last: one that is half deleted is still known for one."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != "config.json":
+                path.unlink()
+        shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)

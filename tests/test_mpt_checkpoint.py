@@ -125,6 +125,31 @@ def test_saving_again_replaces_only_a_model(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("name", ["a.tmp", "a.old"])
+def test_saving_deletes_nothing_but_exports(tmp_path: Path, name: str) -> None:
+    ours = model()
+    ours.save_pretrained(tmp_path / "a")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=rf"{name} exists and is not a model's folder"):
+        ours.save_pretrained(tmp_path / "a")
+    assert (tmp_path / name / "thesis.txt").exists() and (tmp_path / "a" / "model.safetensors").exists()
+
+
+def test_a_save_goes_on_after_one_that_was_cut_off(tmp_path: Path) -> None:
+    ours = model()
+
+    def cut() -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    named = list(ours.named_parameters())
+    with pytest.raises(KeyboardInterrupt):
+        save_hf([*named[:-1], (named[-1][0], cut)], ours.config, tmp_path / "a", max_shard_size=1)
+    assert len(list((tmp_path / "a.tmp").glob("*.safetensors"))) > 2
+    ours.save_pretrained(tmp_path / "a")
+    assert same(MptForCausalLM.from_pretrained(tmp_path / "a"), ours) and not (tmp_path / "a.tmp").exists()
+
+
 def test_save_errors(tmp_path: Path) -> None:
     ours = model()
     named = list(ours.named_parameters())

@@ -129,9 +129,17 @@ def test_prune(tmp_path, keep, left):
 def test_stale_temporary_folders_are_removed(two_saved):
     folder, _ = two_saved
     shutil.copytree(folder / "step-2", folder / "step-3.tmp")
+    (folder / "step-1.old.tmp").mkdir()
+    (folder / "step-1.damaged.old.tmp").mkdir()
     (folder / "latest.tmp").write_text("step-")
+    foreign = folder / "notes.tmp", folder / "step-x.tmp"
+    for path in foreign:
+        path.write_text("someone else's")
+    (folder / "step-9.tmp").symlink_to(folder / "step-1")
     with opened(folder):
-        assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-1", "step-2"]
+        left = sorted(p.name for p in folder.iterdir())
+        assert left == ["latest", "notes.tmp", "step-1", "step-2", "step-x.tmp"]
+    assert verify(folder / "step-1").step == 1
 
 
 def test_folder_that_cannot_be_written(tmp_path):

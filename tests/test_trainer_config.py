@@ -193,6 +193,13 @@ def assert_matches(text, pattern):
         ("max_duration: 50ba", "max_duration: 0ba", r"recipe.yaml:3: max_duration=0ba trains for no step"),
         ("  t_warmup: 5ba", "  t_warmup: soon", r"recipe.yaml:26: scheduler.t_warmup='soon' is not a duration"),
         ("max_seq_len: 16", "max_seq_len: 0", r"recipe.yaml:2: max_seq_len=0; expected at least 1"),
+        ("max_seq_len: 16", "max_seq_len: 2147483648", r"recipe.yaml:2: max_seq_len=2147483648; expected .* below 2"),
+        (
+            "global_train_batch_size: 8",
+            "global_train_batch_size: 1000000000000000000",
+            r"recipe.yaml:4: global_train_batch_size=1000000000000000000; expected a number below 2\*\*31",
+        ),
+        ("max_duration: 50ba", "max_duration: 1e300ba", r"recipe.yaml:3: max_duration='1e300ba' is too long"),
         ("  n_heads: 4", "  n_heads: 5", r"recipe.yaml:9: model: d_model 32 is not divisible by n_heads 5"),
         ("  n_heads: 4", "  n_head: 4", r"recipe.yaml:10: model: unknown key n_head.*did you mean 'n_heads'"),
         ("    alibi: true", "    alibbi: true", r"recipe.yaml:14: model: unknown key attn_config.alibbi.*'alibi'"),
@@ -347,6 +354,11 @@ def test_what_follows_from_a_recipe(recipe, tmp_path):
             1,
             r"device_train_microbatch_size=3 does not divide the 8 sequences .*use .*4",
         ),
+        (
+            ["global_train_batch_size=2147483646", "device_train_microbatch_size=4"],
+            1,
+            r"microbatch_size=4 does not divide the 2147483646 sequences .*use 2, 3, 6 or auto",
+        ),
         (["fsdp_config.replicate=3"], 4, r"fsdp_config.replicate=3 does not divide the 4 processes"),
         (["fsdp_config.replicate=0"], 4, r"fsdp_config.replicate=0"),
         (["kernels=triton"], 1, r"kernels=triton: .*use 'auto'"),
@@ -361,6 +373,11 @@ def test_what_follows_from_a_recipe(recipe, tmp_path):
 )
 def test_cross_checks(recipe, overrides, world, message):
     assert_matches(error(validate, load_config(recipe(), overrides), world), message)
+
+
+def test_an_evaluation_batch_is_no_larger_than_the_split(recipe):
+    config = load_config(recipe(), ["device_eval_batch_size=1000000"])
+    assert validate(config, 1).eval_batch_size == 10  # two shards of 89 tokens, 5 sequences in each
 
 
 def test_the_environments_kernels_are_checked_before_the_files(recipe, monkeypatch):

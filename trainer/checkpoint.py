@@ -30,6 +30,7 @@ from trainer.manifest import (
     file_entry,
     find,
     fsync_folder,
+    left_over,
     list_steps,
     plain,
     read_index,
@@ -206,7 +207,7 @@ class Checkpointer:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
-            remove(self.folder.glob("*.tmp"))
+            remove(left_over(self.folder))
         except OSError as e:
             raise InputError(
                 f"checkpoint folder {self.folder} cannot be written ({e.strerror}); choose another save_folder"

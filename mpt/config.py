@@ -421,7 +421,9 @@ class MptConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist; give a folder that holds a model's config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); copy it again") from None
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error})") from None
         try:
             return cls.from_dict(values)

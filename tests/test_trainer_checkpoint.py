@@ -16,9 +16,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from checkpoint_toys import Messages, Toy, digests, flip_bit, make, opened, save_steps, train
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import mpt.checkpoint
 import trainer.checkpoint
 from trainer.checkpoint import Checkpointer, compare_shapes, describe, find, load_weights, verify
 from trainer.errors import InputError
@@ -422,6 +424,20 @@ def test_find_and_load_weights(tmp_path):
     assert find(folder) == folder / "step-1"
     with pytest.raises(InputError, match=r"no checkpoint at .*nothing"):
         load_weights(tmp_path / "nothing", model)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), SafetensorError("header too large")])
+def test_a_hugging_face_folder_that_cannot_be_read(tmp_path, monkeypatch, error):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(mpt.checkpoint, "load_hf", fail)
+    monkeypatch.setattr(mpt.checkpoint, "stored_tensors", fail)
+    for read in (describe, lambda path: load_weights(path, make()[0])):
+        with pytest.raises(InputError, match=rf"{tmp_path} cannot be read: .*(Input|header too)"):
+            read(tmp_path)
 
 
 def test_shapes_that_differ_are_shown_in_a_table(two_saved):

@@ -460,10 +460,13 @@ def is_hugging_face(path: Path) -> bool:
 
 
 def _as_input_error(function: Callable[..., T], *arguments: Any) -> T:
+    """What `function` returns; its last argument is the folder that it reads."""
     try:
         return function(*arguments)
     except ValueError as e:
         raise InputError(str(e)) from e
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{arguments[-1]} cannot be read: {reason(e)}; copy it again") from e
 
 
 def _set_aside(path: Path) -> None:

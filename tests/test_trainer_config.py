@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -221,6 +222,15 @@ def assert_matches(text, pattern):
         ("run_name: small", "run_name: ${a}${b}\na: $\nb: '{oc.env}'", r"may not make another"),
         ("run_name: small", "run_name: ${model.nothing}", r"recipe.yaml:1: run_name: .*'model.nothing' not found"),
         ("run_name: small", "run_name: ???", r"recipe.yaml:1: run_name is left open"),
+        ("run_name: small", "a: b\nb: x\nrun_name: ${${a}}", r"recipe.yaml:3: run_name: .*only \$\{section.key\}"),
+        ("run_name: small", "run_name: small\nseed: !!int abc", r"recipe.yaml:2: 'abc' is no int"),
+        ("run_name: small", "run_name: small\nseed: " + "9" * 5000, r"recipe.yaml:2: '9{77}\.\.\.' is no int"),
+        ("run_name: small", "run_name: small\nseed: 0x" + "f" * 5000, r"recipe.yaml:2: '0xf{75}\.\.\.' is no int"),
+        ("run_name: small", "run_name: !!float abc", r"recipe.yaml:1: 'abc' is no float"),
+        ("run_name: small", "run_name: !!bool abc", r"recipe.yaml:1: 'abc' is no bool"),
+        ("run_name: small", "run_name: !!timestamp abc", r"recipe.yaml:1: 'abc' is no timestamp"),
+        ("run_name: small", "run_name: !!timestamp 2020-99-99", r"recipe.yaml:1: '2020-99-99' is no timestamp"),
+        ("eval_loader:\n", "eval_loader:\n  name: finetuning\n", r"eval_loader.name: expected only 'text', got"),
         ("run_name: small", "run_name: [", r"recipe.yaml:\d+: not valid YAML"),
         ("run_name: small", "? [a, b]\n: c", r"recipe.yaml:1: a key has to be one word"),
         (
@@ -286,6 +296,21 @@ def test_a_file_that_is_no_recipe(tmp_path, content, message):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     assert_matches(error(load_config, path), message)
+
+
+@pytest.mark.parametrize("last", ["${a8}", "['${a8}']", "{b: '${a8}', c: '${.b}${..a8}'}"])
+def test_interpolations_that_unfold_into_too_much(recipe, last):
+    tens = "\n".join(["a0: 0123456789", *(f"a{i}: {f'${{a{i - 1}}}' * 10}" for i in range(1, 9)), f"a9: {last}"])
+    path = recipe(("run_name: small", f"{tens}\nrun_name: small"))
+    start = time.perf_counter()
+    assert_matches(error(load_config, path), r"recipe.yaml:\d+: a\d: interpolations unfold into more than 131072 char")
+    assert time.perf_counter() - start < 5
+
+
+def test_a_section_that_refers_to_itself(recipe):
+    for text in ("a: ${a}", "a: ${b}\nb: ${a}${a}", "a: {b: '${a}${a}'}", "a: ['${a}', '${a}']"):
+        path = recipe(("run_name: small", f"{text}\nrun_name: small"))
+        assert_matches(error(load_config, path), r"recipe.yaml.*")
 
 
 def test_a_missing_recipe_lists_those_there_are(tmp_path):

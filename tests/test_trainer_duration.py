@@ -59,7 +59,7 @@ def test_more_steps_than_64_bits_are_refused() -> None:
     assert parse(f"{2**62}ba").steps(1, 1) == 2**62
     with pytest.raises(InputError, match=r"max_duration=.* is too long; expected at most 2\*\*62"):
         parse(f"{2**62 + 1}ba", "max_duration")
-    with pytest.raises(InputError, match=r"1e\+15ep is more than 2\*\*62 steps"):
+    with pytest.raises(InputError, match=r"1000000000000000ep is more than 2\*\*62 steps"):
         Duration(Fraction(10**30, 10**15), "ep").steps(1, 10**6)
 
 

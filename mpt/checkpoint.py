@@ -1,9 +1,12 @@
 """Weights on disk: Hugging Face folders, written as a stream of tensors and read onto models that may be sharded."""
 
+import contextlib
 import json
+import math
 import re
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +24,12 @@ from mpt.initialize import local_rows, plain_name
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Bytes of one element, of every dtype that has whole ones.
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8), **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2), **dict.fromkeys(("I8", "U8", "BOOL"), 1),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 1),
+}  # fmt: skip
 TABLE_LINES = 20
 # What decides a model's output without showing in its weights' shapes.
 BEHAVIOUR = ("layer_norm_epsilon", "logit_scale", "norm_type")
@@ -47,16 +56,18 @@ def save_hf(
     write: whether this rank writes; True on one of them.
     tokenizer_files: copied along.
 
-    Everything goes into `folder`.tmp, which is renamed at the end; an older export in `folder` is replaced, anything
-    else refused. ValueError where names or shapes are not the configuration's. Warns where transformers would load the
-    folder and compute something else.
+    Everything goes into `folder`.tmp, which is renamed at the end; an older export in `folder` is replaced (and is
+    `folder`.old for a moment), anything else under these three names refused. ValueError where names or shapes are not
+    the configuration's. Warns where transformers would load the folder and compute something else.
     """
     folder, limit = Path(folder), _bytes(max_shard_size)
     temporary = folder.with_name(folder.name + ".tmp")
     if write:
-        _check_replaceable(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for path in (folder, temporary, _old(folder)):
+            _check_replaceable(path)
+        _remove(temporary)
         temporary.mkdir(parents=True)
+        config.save_pretrained(temporary)  # first, so that what a killed process leaves is known for an export
     expected = parameter_shapes(config)
     shard: dict[str, Tensor] = {}
     files: list[list[str]] = []
@@ -159,12 +170,30 @@ def unsupported_by_transformers(config: MptConfig) -> list[str]:
 
 
 def _replace(temporary: Path, folder: Path) -> None:
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _old(folder)
+    _remove(old)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the export is whole; the next one tries again
+        _remove(old)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
+def _remove(folder: Path) -> None:
+    """Delete an export, config.json last: one that is half deleted is still known for one."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != "config.json":
+                path.unlink()
+        shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)
@@ -225,7 +254,7 @@ def _drop_tied_head(stored: dict[str, Stored], folder: Path) -> None:
 
 def _compare(parameters: dict[str, nn.Parameter], stored: dict[str, Stored], folder: Path) -> None:
     lines = [f"missing     {name} {tuple(p.shape)}" for name, p in parameters.items() if name not in stored]
-    lines += [f"unexpected  {name} {s.shape}" for name, s in stored.items() if name not in parameters]
+    lines += [f"unexpected  {_short(name)} {s.shape}" for name, s in stored.items() if name not in parameters]
     for name, p in parameters.items():
         if name in stored and (s := stored[name]).shape != tuple(p.shape):
             lines.append(f"shape       {name} expected {tuple(p.shape)}, found {s.shape}")
@@ -238,11 +267,13 @@ def _compare(parameters: dict[str, nn.Parameter], stored: dict[str, Stored], fol
 
 
 def _compare_config(config: MptConfig, folder: Path) -> None:
-    try:
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    path = folder / "config.json"
+    if not path.is_file():
         return
+    theirs = _json(path, path.read_bytes())
     attn = theirs.get("attn_config") or {}
+    if not isinstance(attn, dict):
+        raise ValueError(f"{path}: attn_config is {_short(repr(attn))}; it must be a mapping")
     pairs = [(key, theirs[key], getattr(config, key)) for key in BEHAVIOUR if key in theirs]
     pairs += [
         (f"attn_config.{key}", attn[key], getattr(config.attn_config, key)) for key in ATTN_BEHAVIOUR if key in attn
@@ -258,11 +289,14 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             f"{folder} is not a folder; download the model first, and give the folder that holds its config.json"
         )
     for single, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
-        if (folder / single).exists():
-            return read(folder / single)
-        index = folder / f"{single}.index.json"
-        if index.exists():
-            return _read_shards(index, read)
+        whole, index = folder / single, folder / f"{single}.index.json"
+        try:
+            if whole.exists():
+                return read(whole)
+            if index.exists():
+                return _read_shards(index, read)
+        except OSError as error:
+            raise ValueError(f"{error.filename or whole} cannot be read ({error.strerror}); copy it again") from None
     raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin, whole or with an index")
 
 
@@ -275,9 +309,11 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict
         # A name that leads out of the folder is an attack. (The file itself may be a link: that is how hub downloads
         # are laid out.)
         if Path(file).name != file or file in ("", "..") or "\\" in file or "\0" in file:
-            raise ValueError(f"{index} names the file {file!r}; shards must be plain file names in its own folder")
-        if not (index.parent / file).is_file():
-            raise ValueError(f"{index} names the file {file}, which does not exist")
+            raise ValueError(
+                f"{index} names the file {_short(repr(file))}; shards must be plain file names in its own folder"
+            )
+        if not _is_file(index.parent / file):
+            raise ValueError(f"{index} names the file {_short(file)}, which does not exist")
         for name, stored in read(index.parent / file).items():
             if name in out or weight_map.get(name) != file:
                 where = weight_map.get(name, "no file")
@@ -300,17 +336,56 @@ def _read_safetensors(path: Path) -> dict[str, Stored]:
             raise ValueError(f"{path} is truncated or no safetensors file ({size} bytes)")
         header = _json(path, file.read(length))
     header.pop("__metadata__", None)
-    try:
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        out = {
-            name: Stored(tuple(entry["shape"]), DTYPES.get(entry["dtype"]), partial(_safetensors_rows, path, name))
-            for name, entry in header.items()
-        }
-    except (KeyError, TypeError, IndexError):
-        raise ValueError(f"{path} is no safetensors file (its header does not describe tensors)") from None
+    for name, entry in header.items():
+        if not _describes_tensor(entry):
+            raise ValueError(f"{path} is no safetensors file (its header does not describe {_short(name)} as a tensor)")
+    end = _end_of_data(path, header)
+    out = {
+        name: Stored(tuple(entry["shape"]), DTYPES.get(entry["dtype"]), partial(_safetensors_rows, path, name))
+        for name, entry in header.items()
+    }
     if size != 8 + length + end:
         raise ValueError(f"{path} is truncated or damaged: {size} bytes, and its header says {8 + length + end}")
     return out
+
+
+def _describes_tensor(entry: object) -> bool:
+    def counts(value: object) -> bool:
+        return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and counts(entry.get("shape"))
+        and counts(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    )
+
+
+def _end_of_data(path: Path, header: dict[str, Any]) -> int:
+    """Where the last tensor ends. ValueError unless each has its shape's bytes and begins where the one before ends."""
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (start, stop), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+        needed = math.prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else stop - start
+        if start != end or stop < start or stop - start != needed:
+            raise ValueError(
+                f"{path} is damaged: its header puts {_short(name)} ({dtype}, {_short(str(shape))}) at bytes "
+                f"{start} to {stop}, after {end} bytes of others; copy it again"
+            )
+        end = stop
+    return end
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _safetensors_rows(path: Path, name: str, start: int, stop: int) -> Tensor:
@@ -325,8 +400,11 @@ def _read_bin(path: Path) -> dict[str, Stored]:
         raise ValueError(
             f"{path} cannot be read as a plain dictionary of tensors ({type(error).__name__}: {error})"
         ) from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path} is not a plain dictionary of tensors")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu"
+        for name, t in tensors.items()
+    ):
+        raise ValueError(f"{path} is not a plain dictionary of tensors (named, dense, and with values)")
     return {
         name: Stored(tuple(t.shape), t.dtype if t.is_floating_point() else None, partial(_tensor_rows, t))
         for name, t in tensors.items()
@@ -339,18 +417,20 @@ def _tensor_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 def _json(path: Path, text: bytes) -> dict[str, Any]:
     """A JSON object in which no name occurs twice."""
+    repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{path} names {next(n for n in names if names.count(n) > 1)!r} twice")
+            repeated.append(Counter(name for name, _ in pairs).most_common(1)[0][0])
         return out
 
     try:
         values = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a bare ValueError
         raise ValueError(f"{path} is damaged: its JSON does not parse ({error})") from None
+    if repeated:
+        raise ValueError(f"{path} names {_short(repr(repeated[0]))} twice")
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")
     return values

@@ -3,11 +3,13 @@
 import difflib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+LIMIT = 2**31  # of every size: beyond it kernels could not count in 32 bits
 ATTN_TYPES = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
 NORM_TYPES = ("low_precision_layernorm", "layernorm", "low_precision_rmsnorm", "rmsnorm")
 INIT_NAMES = (
@@ -295,10 +297,17 @@ class MptConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+            if getattr(self, name) >= LIMIT:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be below 2**31")
         for name in ("resid_pdrop", "emb_pdrop"):
             _between(name, getattr(self, name), 0, 1)
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them")
+        if self.d_model * self.expansion_ratio >= LIMIT:
+            raise ValueError(
+                f"expansion_ratio {self.expansion_ratio} times d_model {self.d_model} is too wide; "
+                "it must be below 2**31"
+            )
         if not float(self.d_model * self.expansion_ratio).is_integer():
             width = self.d_model * self.expansion_ratio
             raise ValueError(
@@ -412,7 +421,9 @@ class MptConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist; give a folder that holds a model's config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); copy it again") from None
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error})") from None
         try:
             return cls.from_dict(values)
@@ -522,7 +533,7 @@ def _check_types(config: Any, where: str) -> None:
 
 def _typed(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and not math.isfinite(value):
+    if number and not abs(value) <= sys.float_info.max:  # also an integer that no float can hold
         raise ValueError(f"{name} is {value}; it must be finite")
     for kind in kinds:
         item = get_args(kind)

@@ -125,6 +125,31 @@ def test_saving_again_replaces_only_a_model(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("name", ["a.tmp", "a.old"])
+def test_saving_deletes_nothing_but_exports(tmp_path: Path, name: str) -> None:
+    ours = model()
+    ours.save_pretrained(tmp_path / "a")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=rf"{name} exists and is not a model's folder"):
+        ours.save_pretrained(tmp_path / "a")
+    assert (tmp_path / name / "thesis.txt").exists() and (tmp_path / "a" / "model.safetensors").exists()
+
+
+def test_a_save_goes_on_after_one_that_was_cut_off(tmp_path: Path) -> None:
+    ours = model()
+
+    def cut() -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    named = list(ours.named_parameters())
+    with pytest.raises(KeyboardInterrupt):
+        save_hf([*named[:-1], (named[-1][0], cut)], ours.config, tmp_path / "a", max_shard_size=1)
+    assert len(list((tmp_path / "a.tmp").glob("*.safetensors"))) > 2
+    ours.save_pretrained(tmp_path / "a")
+    assert same(MptForCausalLM.from_pretrained(tmp_path / "a"), ours) and not (tmp_path / "a.tmp").exists()
+
+
 def test_save_errors(tmp_path: Path) -> None:
     ours = model()
     named = list(ours.named_parameters())
@@ -208,6 +233,42 @@ def _truncate(folder: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
 
 
+def _header(folder: Path, change) -> None:
+    """Rewrites the header of the first shard, a mapping from names to their entries."""
+    path = sorted(folder.glob("*.safetensors"))[0]
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    values = json.loads(data[8 : 8 + length])
+    values.pop("__metadata__")
+    text = change(values)
+    header = text if isinstance(text, bytes) else json.dumps(values).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+def _entry(folder: Path, **changes) -> None:
+    _header(folder, lambda h: h[min(h)].update(changes))
+
+
+def _overlap(folder: Path) -> None:
+    def change(header):
+        first, second = sorted(header.values(), key=lambda entry: entry["data_offsets"])[:2]
+        second |= {key: first[key] for key in ("dtype", "shape", "data_offsets")}
+
+    _header(folder, change)
+
+
+def _folder(folder: Path, name: str) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / name).mkdir()
+
+
+def _bin(folder: Path, change) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    torch.save(change(dict(model().state_dict())), folder / "pytorch_model.bin")
+
+
 def _duplicate_in_index(folder: Path) -> None:
     path = folder / "model.safetensors.index.json"
     text = path.read_text()
@@ -239,6 +300,35 @@ HOSTILE = {
     "truncated": (lambda f: _truncate(f, 2000), "is truncated or damaged: 2000 bytes"),
     "truncated header": (lambda f: _truncate(f, 50), "is truncated or no safetensors file"),
     "empty": (lambda f: _truncate(f, 0), "is truncated or no safetensors file"),
+    "negative offsets": (lambda f: _entry(f, data_offsets=[-8, 0]), "does not describe transformer.* as a tensor"),
+    "one offset": (lambda f: _entry(f, data_offsets=[8]), "does not describe transformer.* as a tensor"),
+    "offsets backwards": (lambda f: _entry(f, data_offsets=[4, 0]), "is damaged: its header puts"),
+    "negative shape": (lambda f: _entry(f, shape=[-2, -3]), "does not describe transformer.* as a tensor"),
+    "fractional shape": (lambda f: _entry(f, shape=[1.5]), "does not describe transformer.* as a tensor"),
+    "other shape": (lambda f: _entry(f, shape=[3, 5]), r"puts transformer.* \(F32, \[3, 5\]\) at bytes"),
+    "other dtype": (lambda f: _entry(f, dtype="F16"), r"puts transformer.* \(F16, "),
+    "dtype of another type": (lambda f: _entry(f, dtype=["F32"]), "does not describe"),
+    "overlap": (_overlap, "is damaged: its header puts"),
+    "entry of another type": (lambda f: _header(f, lambda h: h.update({min(h): 3})), "does not describe"),
+    "5,000 digits": (
+        lambda f: _header(f, lambda h: b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"]}}"),
+        r"model-00001.* is damaged: its JSON does not parse \(Exceeds",
+    ),
+    "long file name": (lambda f: _move(f, "x" * 5000), r"names the file x{200}\.\.\., which does not exist"),
+    "half a surrogate pair": (lambda f: _move(f, "\ud800"), "which does not exist"),
+    "weights are a folder": (lambda f: _folder(f, "model.safetensors"), "model.safetensors cannot be read"),
+    "index is a folder": (lambda f: _folder(f, "model.safetensors.index.json"), "index.json cannot be read"),
+    "meta tensors": (lambda f: _bin(f, lambda s: s | {min(s): s[min(s)].to("meta")}), "is not a plain dictionary"),
+    "sparse tensors": (
+        lambda f: _bin(f, lambda s: s | {min(s): s[min(s)].to_sparse()}),
+        "is not a plain dictionary|cannot be read as a plain",
+    ),
+    "names of another type": (lambda f: _bin(f, lambda s: s | {1: s[min(s)]}), "is not a plain dictionary"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged: it holds no JSON"),
+    "config of another attention": (
+        lambda f: (f / "config.json").write_text('{"attn_config": [1]}'),
+        r"config.json: attn_config is \[1\]; it must be a mapping",
+    ),
     "deep": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map":' + "[" * 100_000),
         "is damaged: its JSON does not parse",
@@ -254,6 +344,16 @@ def test_hostile_folders(tmp_path: Path, attack: str) -> None:
     change(tmp_path / "a")
     with pytest.raises(ValueError, match=message):
         load_hf(model(), tmp_path / "a")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000, "{", None])
+def test_a_config_that_is_none(tmp_path: Path, content: str | None) -> None:
+    if content is None:
+        (tmp_path / "config.json").mkdir()
+    else:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json (is not JSON|cannot be read)"):
+        MptConfig.from_pretrained(tmp_path)
 
 
 def test_hub_cache_links_load(tmp_path: Path) -> None:

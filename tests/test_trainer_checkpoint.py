@@ -16,9 +16,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from checkpoint_toys import Messages, Toy, digests, flip_bit, make, opened, save_steps, train
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import mpt.checkpoint
 import trainer.checkpoint
 from trainer.checkpoint import Checkpointer, compare_shapes, describe, find, load_weights, verify
 from trainer.errors import InputError
@@ -129,9 +131,17 @@ def test_prune(tmp_path, keep, left):
 def test_stale_temporary_folders_are_removed(two_saved):
     folder, _ = two_saved
     shutil.copytree(folder / "step-2", folder / "step-3.tmp")
+    (folder / "step-1.old.tmp").mkdir()
+    (folder / "step-1.damaged.old.tmp").mkdir()
     (folder / "latest.tmp").write_text("step-")
+    foreign = folder / "notes.tmp", folder / "step-x.tmp"
+    for path in foreign:
+        path.write_text("someone else's")
+    (folder / "step-9.tmp").symlink_to(folder / "step-1")
     with opened(folder):
-        assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-1", "step-2"]
+        left = sorted(p.name for p in folder.iterdir())
+        assert left == ["latest", "notes.tmp", "step-1", "step-2", "step-x.tmp"]
+    assert verify(folder / "step-1").step == 1
 
 
 def test_folder_that_cannot_be_written(tmp_path):
@@ -179,6 +189,31 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(two_saved, kind):
         checkpointer.save(2, model, optimizer, {"step": 2})
         assert digests(model, optimizer) == saved[2]
     assert verify(folder).step == 2
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-1", "step-2"]
+
+
+def test_a_checkpoint_under_another_steps_name_is_not_trusted(two_saved):
+    folder, saved = two_saved
+    (folder / "step-2").rename(folder / "step-9")
+    model, optimizer = make(seed=5)
+    load_weights(folder / "step-9", model)  # whose name says nothing of its place in a run
+    said = Messages()
+    with opened(folder, say=said) as checkpointer:
+        assert checkpointer.restore(model, optimizer)["step"] == 1
+    assert digests(model, optimizer) == saved[1]
+    assert "step-9 is renamed: it holds step 2" in said and (folder / "step-9.damaged").is_dir()
+
+
+def test_swapped_checkpoints_are_named_and_left(two_saved):
+    folder, _ = two_saved
+    (folder / "step-1").rename(folder / "aside")
+    (folder / "step-2").rename(folder / "step-1")
+    (folder / "aside").rename(folder / "step-2")
+    with opened(folder) as checkpointer:
+        with pytest.raises(
+            InputError, match=r"(?s)step-2 is renamed: it holds step 1; name it step-1.*step-1 is renam"
+        ):
+            checkpointer.restore(*make())
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-1", "step-2"]
 
 
@@ -389,6 +424,20 @@ def test_find_and_load_weights(tmp_path):
     assert find(folder) == folder / "step-1"
     with pytest.raises(InputError, match=r"no checkpoint at .*nothing"):
         load_weights(tmp_path / "nothing", model)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), SafetensorError("header too large")])
+def test_a_hugging_face_folder_that_cannot_be_read(tmp_path, monkeypatch, error):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(mpt.checkpoint, "load_hf", fail)
+    monkeypatch.setattr(mpt.checkpoint, "stored_tensors", fail)
+    for read in (describe, lambda path: load_weights(path, make()[0])):
+        with pytest.raises(InputError, match=rf"{tmp_path} cannot be read: .*(Input|header too)"):
+            read(tmp_path)
 
 
 def test_shapes_that_differ_are_shown_in_a_table(two_saved):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -194,6 +195,13 @@ def assert_matches(text, pattern):
         ("max_duration: 50ba", "max_duration: 0ba", r"recipe.yaml:3: max_duration=0ba trains for no step"),
         ("  t_warmup: 5ba", "  t_warmup: soon", r"recipe.yaml:26: scheduler.t_warmup='soon' is not a duration"),
         ("max_seq_len: 16", "max_seq_len: 0", r"recipe.yaml:2: max_seq_len=0; expected at least 1"),
+        ("max_seq_len: 16", "max_seq_len: 2147483648", r"recipe.yaml:2: max_seq_len=2147483648; expected .* below 2"),
+        (
+            "global_train_batch_size: 8",
+            "global_train_batch_size: 1000000000000000000",
+            r"recipe.yaml:4: global_train_batch_size=1000000000000000000; expected a number below 2\*\*31",
+        ),
+        ("max_duration: 50ba", "max_duration: 1e300ba", r"recipe.yaml:3: max_duration='1e300ba' is too long"),
         ("  n_heads: 4", "  n_heads: 5", r"recipe.yaml:9: model: d_model 32 is not divisible by n_heads 5"),
         ("  n_heads: 4", "  n_head: 4", r"recipe.yaml:10: model: unknown key n_head.*did you mean 'n_heads'"),
         ("    alibi: true", "    alibbi: true", r"recipe.yaml:14: model: unknown key attn_config.alibbi.*'alibi'"),
@@ -215,6 +223,15 @@ def assert_matches(text, pattern):
         ("run_name: small", "run_name: ${a}${b}\na: $\nb: '{oc.env}'", r"may not make another"),
         ("run_name: small", "run_name: ${model.nothing}", r"recipe.yaml:1: run_name: .*'model.nothing' not found"),
         ("run_name: small", "run_name: ???", r"recipe.yaml:1: run_name is left open"),
+        ("run_name: small", "a: b\nb: x\nrun_name: ${${a}}", r"recipe.yaml:3: run_name: .*only \$\{section.key\}"),
+        ("run_name: small", "run_name: small\nseed: !!int abc", r"recipe.yaml:2: 'abc' is no int"),
+        ("run_name: small", "run_name: small\nseed: " + "9" * 5000, r"recipe.yaml:2: '9{77}\.\.\.' is no int"),
+        ("run_name: small", "run_name: small\nseed: 0x" + "f" * 5000, r"recipe.yaml:2: '0xf{75}\.\.\.' is no int"),
+        ("run_name: small", "run_name: !!float abc", r"recipe.yaml:1: 'abc' is no float"),
+        ("run_name: small", "run_name: !!bool abc", r"recipe.yaml:1: 'abc' is no bool"),
+        ("run_name: small", "run_name: !!timestamp abc", r"recipe.yaml:1: 'abc' is no timestamp"),
+        ("run_name: small", "run_name: !!timestamp 2020-99-99", r"recipe.yaml:1: '2020-99-99' is no timestamp"),
+        ("eval_loader:\n", "eval_loader:\n  name: finetuning\n", r"eval_loader.name: expected only 'text', got"),
         ("run_name: small", "run_name: [", r"recipe.yaml:\d+: not valid YAML"),
         ("run_name: small", "? [a, b]\n: c", r"recipe.yaml:1: a key has to be one word"),
         (
@@ -280,6 +297,21 @@ def test_a_file_that_is_no_recipe(tmp_path, content, message):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     assert_matches(error(load_config, path), message)
+
+
+@pytest.mark.parametrize("last", ["${a8}", "['${a8}']", "{b: '${a8}', c: '${.b}${..a8}'}"])
+def test_interpolations_that_unfold_into_too_much(recipe, last):
+    tens = "\n".join(["a0: 0123456789", *(f"a{i}: {f'${{a{i - 1}}}' * 10}" for i in range(1, 9)), f"a9: {last}"])
+    path = recipe(("run_name: small", f"{tens}\nrun_name: small"))
+    start = time.perf_counter()
+    assert_matches(error(load_config, path), r"recipe.yaml:\d+: a\d: interpolations unfold into more than 131072 char")
+    assert time.perf_counter() - start < 5
+
+
+def test_a_section_that_refers_to_itself(recipe):
+    for text in ("a: ${a}", "a: ${b}\nb: ${a}${a}", "a: {b: '${a}${a}'}", "a: ['${a}', '${a}']"):
+        path = recipe(("run_name: small", f"{text}\nrun_name: small"))
+        assert_matches(error(load_config, path), r"recipe.yaml.*")
 
 
 def test_a_missing_recipe_lists_those_there_are(tmp_path):
@@ -348,6 +380,11 @@ def test_what_follows_from_a_recipe(recipe, tmp_path):
             1,
             r"device_train_microbatch_size=3 does not divide the 8 sequences .*use .*4",
         ),
+        (
+            ["global_train_batch_size=2147483646", "device_train_microbatch_size=4"],
+            1,
+            r"microbatch_size=4 does not divide the 2147483646 sequences .*use 2, 3, 6 or auto",
+        ),
         (["fsdp_config.replicate=3"], 4, r"fsdp_config.replicate=3 does not divide the 4 processes"),
         (["fsdp_config.replicate=0"], 4, r"fsdp_config.replicate=0"),
         (["fsdp_config.cpu_offload=true"], 1, r"cpu_offload=true needs a GPU"),
@@ -367,6 +404,11 @@ def test_kernels_that_this_device_cannot_run(recipe, monkeypatch):
     monkeypatch.setattr(backend, "interpreting", lambda: False)
     config = load_config(recipe(), ["kernels=triton"])
     assert_matches(error(validate, config, 1), r"kernels=triton: .*the tensor is on cpu.*use 'auto'")
+
+
+def test_an_evaluation_batch_is_no_larger_than_the_split(recipe):
+    config = load_config(recipe(), ["device_eval_batch_size=1000000"])
+    assert validate(config, 1).eval_batch_size == 10  # two shards of 89 tokens, 5 sequences in each
 
 
 def test_the_environments_kernels_are_checked_before_the_files(recipe, monkeypatch):

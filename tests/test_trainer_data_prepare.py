@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -277,6 +278,30 @@ def test_a_damaged_finished_folder(options, tmp_path):
         run(options)
     run(options, overwrite=True)
     assert content(options.out) == content(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("name", ["train/shard-00007.bin", "val/shard-00000.bin", "tokenizer.json"])
+def test_files_of_something_else_are_not_replaced(options, name):
+    foreign = Path(options.out) / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("not ours")
+    with pytest.raises(InputError, match=rf"--out .*out: holds {name} of something else; choose .*--overwrite"):
+        run(options)
+    assert [p for p in Path(options.out).rglob("*") if p.is_file()] == [foreign]
+    assert foreign.read_text() == "not ours"
+    run(options, overwrite=True)
+
+
+def test_the_tokenizer_may_lie_in_the_output_folder(options, tmp_path):
+    run(options, out=str(tmp_path / "reference"))
+    Path(options.out).mkdir()
+    inside = Path(shutil.copy(options.tokenizer, options.out))
+    run(options, tokenizer=str(inside))
+    assert content(options.out) == content(tmp_path / "reference")
+    again = tmp_path / "equal"
+    again.mkdir()
+    shutil.copy(options.tokenizer, again)
+    run(options, out=str(again))
 
 
 def test_two_preparations_of_one_folder(options):

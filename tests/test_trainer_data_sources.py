@@ -154,8 +154,39 @@ def test_bad_text_and_broken_compression_are_named(tmp_path):
     with pytest.raises(InputError, match=r"a\.txt, line 3: not UTF-8"):
         read([tmp_path / "a.txt"])
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS))[:-20])
-    with pytest.raises(InputError, match=r"a\.jsonl\.gz, line \d+: "):
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz: cannot be read .*; copy it again"):
         read([tmp_path / "a.jsonl.gz"])
     (tmp_path / "a.txt.zst").write_bytes(b"no zstd")
     with pytest.raises(InputError, match=r"a\.txt\.zst: cannot be read"):
         read([tmp_path / "a.txt.zst"])
+
+
+SKIPPABLE = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+
+
+@pytest.mark.parametrize("content_size", [True, False])
+def test_zstd_files_of_several_frames(tmp_path, content_size):
+    compressor = zstandard.ZstdCompressor(write_content_size=content_size)
+    frames = [compressor.compress(jsonl(TEXTS[i : i + 10])) for i in range(0, 40, 10)]
+    (tmp_path / "a.jsonl.zst").write_bytes(SKIPPABLE + b"".join(frames[:2]) + compressor.compress(b"") + SKIPPABLE)
+    (tmp_path / "b.jsonl.zst").write_bytes(b"".join(frames[2:]))
+    assert read([tmp_path / "a.jsonl.zst", tmp_path / "b.jsonl.zst"]) == TEXTS
+    data = jsonl([f"{i} long text" * 1000 for i in range(1000)])  # many times the reader's chunk
+    (tmp_path / "c.jsonl.zst").write_bytes(compressor.compress(data) * 2)
+    assert len(read([tmp_path / "c.jsonl.zst"])) == 2000
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".txt"])
+def test_a_truncated_compressed_file_is_refused_wherever_it_ends(tmp_path, kind, suffix):
+    compress = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
+    path = tmp_path / f"a{kind}{suffix}"
+    frame = compress(jsonl(TEXTS[:20]))
+    for size in range(len(frame)):
+        path.write_bytes(frame[:size])
+        with pytest.raises(InputError, match=rf"a\{kind}\{suffix}: .*copy it again"):
+            read([path])
+    for size in range(1, len(frame), 7):  # in the second frame
+        path.write_bytes(frame + frame[:size])
+        with pytest.raises(InputError, match="copy it again"):
+            read([path])

@@ -29,11 +29,38 @@ def test_forms(text: str | int, value: int, unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ba", "10", "ten ba", "-5ba", -5, "5sec", "1e-3tok", "0.5ba", "1.5tok", "5ba5", True, "1e9999ep"]
+    "text",
+    [
+        "",
+        "ba",
+        "10",
+        "ten ba",
+        "-5ba",
+        -5,
+        "5sec",
+        "1e-3tok",
+        "0.5ba",
+        "1.5tok",
+        "5ba5",
+        True,
+        "1e9999ep",
+        "1e999ba",
+        "5e18tok",
+        10**30,
+        "9" * 5000 + "ba",
+    ],
 )
 def test_refused(text: str | int) -> None:
     with pytest.raises(InputError, match="max_duration="):
         parse(text, "max_duration")
+
+
+def test_more_steps_than_64_bits_are_refused() -> None:
+    assert parse(f"{2**62}ba").steps(1, 1) == 2**62
+    with pytest.raises(InputError, match=r"max_duration=.* is too long; expected at most 2\*\*62"):
+        parse(f"{2**62 + 1}ba", "max_duration")
+    with pytest.raises(InputError, match=r"1000000000000000ep is more than 2\*\*62 steps"):
+        Duration(Fraction(10**30, 10**15), "ep").steps(1, 10**6)
 
 
 def test_tokens_round_up_to_whole_steps() -> None:

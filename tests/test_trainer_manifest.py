@@ -20,6 +20,7 @@ from trainer.manifest import (
     read_index,
     read_manifest,
     write_manifest,
+    write_text,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -200,6 +201,15 @@ def test_manifest_that_names_files_elsewhere_is_refused(step):
     write_manifest(step, manifest, fsync=False)
     with pytest.raises(DamagedCheckpoint, match="outside its folder"):
         verify(step)
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("years of work")
+    (tmp_path / "latest.tmp").symlink_to(precious)
+    write_text(tmp_path / "latest", "step-1\n", fsync=False)
+    assert precious.read_text() == "years of work" and (tmp_path / "latest").read_text() == "step-1\n"
+    assert not (tmp_path / "latest").is_symlink()
 
 
 def test_list_and_find(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from mpt import MptConfig, MptForCausalLM
 from trainer.config import load_config, validate
-from trainer.plan import GIB, LOSS_CHUNK, choose_micro_batch, memory, plan, saved_per_block
+from trainer.plan import GIB, LOSS_CHUNK, choose_micro_batch, divisors, memory, plan, saved_per_block
 
 MODEL = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 512, "max_seq_len": 32}
 
@@ -126,6 +126,16 @@ def test_auto_is_the_largest_that_fits(gib):
     assert 16 % chosen == 0
     fits = [n for n in (1, 2, 4, 8, 16) if sum(memory(config, model, 64, n).values()) <= 0.92 * gib * GIB]
     assert chosen == (max(fits) if fits else 1)
+
+
+@pytest.mark.parametrize("number", [1, 2, 12, 36, 97, 360])
+def test_divisors(number):
+    assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+
+
+def test_a_huge_batch_is_planned_at_once():
+    config = make("global_train_batch_size=2147483647", "device_train_microbatch_size=auto")
+    assert validate(config, 1, open_data=False).micro_batch == 1
 
 
 def test_auto_without_room_is_one_and_the_plan_says_so(monkeypatch):

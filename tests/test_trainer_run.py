@@ -401,6 +401,32 @@ def test_a_second_run_in_one_folder_is_refused(recipe: Path, tmp_path: Path, mon
     assert seen[0][0] == 2 and "another run is writing" in seen[0][1] and str(tmp_path) in seen[0][1]
 
 
+def test_a_linked_lock_is_neither_followed_nor_cut(recipe: Path, tmp_path: Path) -> None:
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.write_text("precious")
+    folder.mkdir()
+    (folder / ".lock").symlink_to(elsewhere)
+    with pytest.raises(InputError, match="run cannot be written"):
+        run(load_config(recipe, [f"save_folder={folder}"]))
+    assert elsewhere.read_text() == "precious"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), np.empty, RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_is_not_to_be_had_is_advice(
+    error: object, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        if isinstance(error, Exception):
+            raise error
+        np.empty(2**60, np.uint8)
+
+    monkeypatch.setattr(run_module, "_run", fail)
+    with pytest.raises(
+        InputError, match=r"out of memory with .*\nwhat would help most: device_train_microbatch_size=1"
+    ):
+        run(load_config(recipe, [f"save_folder={tmp_path}"]))
+
+
 @pytest.mark.skipif(
     os.geteuid() == 0 and not Path("/proc/sys").exists(), reason="needs a folder that cannot be written"
 )

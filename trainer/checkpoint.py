@@ -30,6 +30,7 @@ from trainer.manifest import (
     file_entry,
     find,
     fsync_folder,
+    left_over,
     list_steps,
     plain,
     read_index,
@@ -206,7 +207,7 @@ class Checkpointer:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
-            remove(self.folder.glob("*.tmp"))
+            remove(left_over(self.folder))
         except OSError as e:
             raise InputError(
                 f"checkpoint folder {self.folder} cannot be written ({e.strerror}); choose another save_folder"
@@ -220,7 +221,11 @@ class Checkpointer:
             self._say(message)
 
     def _verified(self, path: Path) -> tuple[Manifest, Metadata]:
-        return _verified(path, self._group)
+        manifest, index = _verified(path, self._group)
+        if path.name != f"step-{manifest.step}":
+            # Under another name it would be taken for newer or older than it is.
+            raise DamagedCheckpoint(f"{path} is renamed: it holds step {manifest.step}; name it step-{manifest.step}")
+        return manifest, index
 
     def _check_fingerprint(self, path: Path, manifest: Manifest) -> None:
         old, new = _flat(manifest.fingerprint), _flat(self._fingerprint)
@@ -455,10 +460,13 @@ def is_hugging_face(path: Path) -> bool:
 
 
 def _as_input_error(function: Callable[..., T], *arguments: Any) -> T:
+    """What `function` returns; its last argument is the folder that it reads."""
     try:
         return function(*arguments)
     except ValueError as e:
         raise InputError(str(e)) from e
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{arguments[-1]} cannot be read: {reason(e)}; copy it again") from e
 
 
 def _set_aside(path: Path) -> None:

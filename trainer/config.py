@@ -26,10 +26,11 @@ from trainer.loggers import LoggersConfig
 from trainer.metrics import ProfileConfig
 from trainer.optim import OptimizerConfig, SchedulerConfig
 from trainer.parallel import FsdpConfig
-from trainer.plan import choose_micro_batch
+from trainer.plan import choose_micro_batch, divisors
 
 RECIPES = Path(__file__).resolve().parent.parent / "yaml"
 
+LIMIT = 2**31  # of sequences in a step and of tokens in a sequence: their products fit 64 bits
 MOST_SECONDS = 366 * 24 * 3600
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|dbfs:", re.IGNORECASE)
 
@@ -109,6 +110,9 @@ class TrainConfig:
         for name, least in (("max_seq_len", 1), ("global_train_batch_size", 1), ("log_interval", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}; expected at least {least}")
+        for name in ("max_seq_len", "global_train_batch_size"):
+            if getattr(self, name) >= LIMIT:
+                raise InputError(f"{name}={getattr(self, name)}; expected a number below 2**31")
         for name in ("device_train_microbatch_size", "device_eval_batch_size", "gradient_clip_norm", "dist_timeout"):
             value = getattr(self, name)
             if isinstance(value, int | float) and not 0 < value < math.inf:
@@ -229,6 +233,7 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
     _check_kernels(config)
     per_rank = _rows_per_rank(config, world_size)
     micro_batch = _micro_batch(config, model_config, world_size, per_rank)
+    eval_batch_size = config.device_eval_batch_size or micro_batch
     tokens_per_step = config.global_train_batch_size * config.max_seq_len
 
     tokenizer_path = tokenizer_sha256 = data = None
@@ -238,7 +243,8 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
         _check_sample_prompt(config, model_config, tokenizer_path)
         data = open_run_data(config, model_config, tokenizer_sha256, training=True)
         if config.eval_loader is not None:
-            open_run_data(config, model_config, tokenizer_sha256, training=False)
+            validation = open_run_data(config, model_config, tokenizer_sha256, training=False)
+            eval_batch_size = min(eval_batch_size, validation.sequences)  # more would be filled up with repetitions
         if config.load_path is not None:
             _check_load_path(config.load_path, model_config)
     epoch = Fraction(data.sequences, config.global_train_batch_size) if data else None
@@ -256,7 +262,7 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
         tokens_per_step=tokens_per_step,
         micro_batch=micro_batch,
         accumulation=per_rank // micro_batch,
-        eval_batch_size=config.device_eval_batch_size or micro_batch,
+        eval_batch_size=eval_batch_size,
         warmup_steps=steps("scheduler.t_warmup"),
         decay_steps=total if config.scheduler.t_max is None else steps("scheduler.t_max"),
         eval_every=steps("eval_interval"),
@@ -372,8 +378,7 @@ def _micro_batch(config: TrainConfig, model_config: MptConfig, world_size: int, 
         return choose_micro_batch(config, model_config, world_size, _device_bytes(config))
     size = min(int(configured), per_rank)  # a recipe made for fewer ranks stays right on more
     if per_rank % size:
-        divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
-        near = ", ".join(str(n) for n in sorted(sorted(divisors, key=lambda n: abs(n - size))[:3]))
+        near = ", ".join(str(n) for n in sorted(sorted(divisors(per_rank), key=lambda n: abs(n - size))[:3]))
         raise InputError(
             f"device_train_microbatch_size={size} does not divide the {per_rank} sequences of each rank "
             f"(global_train_batch_size={config.global_train_batch_size} over {world_size}); use {near} or auto"

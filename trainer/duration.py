@@ -10,7 +10,9 @@ from trainer.errors import InputError
 
 Unit = Literal["ba", "tok", "ep"]
 
-_FORM = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?(?:[eE]\+?\d{1,3})?)\s*([a-zA-Z]+)\s*")
+LIMIT = 2**62  # of each unit, which 64 bits hold
+
+_FORM = re.compile(r"\s*(\d[\d_]{0,99}(?:\.\d{1,99})?(?:[eE]\+?\d{1,3})?)\s*([a-zA-Z]+)\s*")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class Duration:
             return math.ceil(self.value / tokens_per_step)
         if steps_per_epoch is None:
             raise InputError(f"{self} needs the data to be counted in steps; give steps (ba) or tokens (tok) instead")
-        return math.ceil(self.value * steps_per_epoch)
+        steps = math.ceil(self.value * steps_per_epoch)
+        if steps > LIMIT:
+            raise InputError(f"{self} is more than 2**62 steps; give a shorter time")
+        return steps
 
     def __str__(self) -> str:
         number = str(self.value.numerator) if self.value.denominator == 1 else f"{float(self.value):g}"
@@ -41,13 +46,15 @@ class Duration:
 def parse(text: str | int, name: str = "duration") -> Duration:
     """A duration from "63900ba", "134e9tok", "0.5ep" or a whole number of optimizer steps.
 
-    name: the field, for the error. Raises InputError for any other form, a negative number, or a fraction of a step
-    or token.
+    name: the field, for the error. Raises InputError for any other form, a negative number, one above 2**62, or a
+    fraction of a step or token.
     """
     match = _FORM.fullmatch(f"{text}ba" if isinstance(text, int) and not isinstance(text, bool) else str(text))
     if match is None or match[2].lower() not in ("ba", "tok", "ep"):
         raise InputError(f'{name}={text!r} is not a duration; write steps "63900ba", tokens "134e9tok" or epochs "2ep"')
     value, unit = Fraction(match[1].replace("_", "")), match[2].lower()
+    if value > LIMIT:
+        raise InputError(f"{name}={text!r} is too long; expected at most 2**62 steps, tokens or epochs")
     if unit == "ep":
         return Duration(value, "ep")
     if value.denominator != 1:

@@ -30,15 +30,23 @@ def plain(value: Any) -> Any:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file such that no reader, and no crash, ever sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
+    temporary = _temporary(path)
+    with temporary.open("xb") as new:
+        new.write(content)
     temporary.replace(path)
+
+
+def _temporary(path: Path) -> Path:
+    """The name to write under first, free: a link left there is removed, and what it leads to stays as it is."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    return temporary
 
 
 def drop_rows(path: Path, resume_step: int) -> int:
     """Rewrite `path` without rows past resume_step and without lines that are no rows; returns how many those were."""
-    temporary, dropped = path.with_name(path.name + ".tmp"), 0
-    with path.open("rb") as old, temporary.open("wb") as new:
+    temporary, dropped = _temporary(path), 0
+    with path.open("rb") as old, temporary.open("xb") as new:
         for line in old:
             row = _parse(line)
             if row is not None and row["step"] <= resume_step:
@@ -127,8 +135,9 @@ class History:
         axes.set_ylabel("loss (nats per token)")
         axes.grid(alpha=0.3)
         axes.legend()
-        temporary = path.with_name(path.name + ".tmp")
-        figure.savefig(temporary, dpi=120, format="png")
+        temporary = _temporary(path)
+        with temporary.open("xb") as new:
+            figure.savefig(new, dpi=120, format="png")
         temporary.replace(path)
 
 

@@ -26,6 +26,7 @@ INDEX = ".metadata"
 LATEST = "latest"
 FORMAT, VERSION = "mpt-checkpoint", 1
 _STEP = re.compile(r"step-(\d+)")
+_LEFT_OVER = re.compile(rf"(step-\d+(\.damaged)?(\.old)?|{LATEST})\.tmp")
 
 # Everything that the index of a folder of plain tensors and DTensors is made of. Tensors only: torch would unpickle
 # an entry of any other kind without restrictions.
@@ -201,6 +202,11 @@ def list_steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def left_over(folder: Path) -> list[Path]:
+    """What a killed run left half written or half deleted under `folder`; other files are none of ours."""
+    return [path for path in folder.iterdir() if _LEFT_OVER.fullmatch(path.name)]
+
+
 def find(path: Path | str) -> Path:
     """The checkpoint folder that `path` means: itself, or the latest of a run folder or of its `checkpoints/`.
 
@@ -226,7 +232,8 @@ def find(path: Path | str) -> Path:
 def write_text(path: Path, text: str, *, fsync: bool) -> None:
     """Write a small file whole or not at all: a temporary file, then a rename over `path`."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
+    temporary.unlink(missing_ok=True)  # it may be a link: what that leads to stays as it is
+    with temporary.open("x", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         if fsync:
@@ -252,7 +259,7 @@ def remove(paths: Iterable[Path]) -> None:
         if doomed != path:
             shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)
-        if doomed.is_dir():
+        if doomed.is_dir() and not doomed.is_symlink():
             shutil.rmtree(doomed)
         else:
             doomed.unlink(missing_ok=True)

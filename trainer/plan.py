@@ -166,16 +166,22 @@ def choose_micro_batch(
     largest of up to 4,096 tokens.
     """
     per_rank = config.global_train_batch_size // world_size
-    divisors = [n for n in range(per_rank, 0, -1) if per_rank % n == 0]
+    largest_first = divisors(per_rank)[::-1]
     if device_bytes is None:
-        return next((n for n in divisors if n * config.max_seq_len <= CPU_TOKENS), 1)
-    for n in divisors:
+        return next((n for n in largest_first if n * config.max_seq_len <= CPU_TOKENS), 1)
+    for n in largest_first:
         needed = memory(config, model_config, world_size, n)
         if config.fsdp_config.cpu_offload:
             needed = {k: v for k, v in needed.items() if k not in ("weights", "gradients", "optimizer state")}
         if sum(needed.values()) <= DEVICE_SHARE * device_bytes:
             return n
     return 1
+
+
+def divisors(number: int) -> list[int]:
+    """Every divisor of `number`, in order."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return small + [number // n for n in reversed(small) if n * n != number]
 
 
 def _backward_temporaries(c: MptConfig, tokens: int, width: int) -> int:

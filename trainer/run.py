@@ -207,7 +207,8 @@ def _own_folder(folder: Path, world: World) -> Iterator[None]:
     if world.rank == 0:
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = (folder / ".lock").open("w")
+            # A link is not followed, and nothing cut: what is found there may be anyone's.
+            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             error = InputError(f"another run is writing to {folder}; give this one its own run_name or save_folder")
@@ -218,17 +219,19 @@ def _own_folder(folder: Path, world: World) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            lock.close()
+            os.close(lock)
 
 
 @contextlib.contextmanager
 def _out_of_memory_advice(config: TrainConfig, resolved: Resolved) -> Iterator[None]:
-    """Turn the allocator's error into the settings that would help most."""
+    """Turn the allocators' errors (torch's, Python's and numpy's) into the settings that would help most."""
     try:
         yield
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate" not in str(e):
+    except (RuntimeError, MemoryError) as e:
+        known = isinstance(e, torch.OutOfMemoryError | MemoryError)
+        if not known and "DefaultCPUAllocator: can't allocate" not in str(e):
             raise
+        reason = (str(e) or type(e).__name__).splitlines()[0]
         advice = []
         if resolved.micro_batch > 1:
             advice.append(f"device_train_microbatch_size={resolved.micro_batch // 2}")
@@ -240,7 +243,7 @@ def _out_of_memory_advice(config: TrainConfig, resolved: Resolved) -> Iterator[N
         raise InputError(
             f"out of memory with device_train_microbatch_size={resolved.micro_batch}, "
             f"max_seq_len={config.max_seq_len}, precision={config.precision}, "
-            f"activation_checkpointing={config.activation_checkpointing}: {str(e).splitlines()[0]}\n"
+            f"activation_checkpointing={config.activation_checkpointing}: {reason}\n"
             f"what would help most: {'; '.join(advice[:3])}"
         ) from e
 

@@ -21,6 +21,8 @@ Section = TypeVar("Section")
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 40
+MAX_BITS = 4096
+MAX_UNFOLDED = 2**17
 MAX_VALUES = 100_000  # a file of aliases to aliases is small and unfolds into anything
 
 
@@ -43,6 +45,7 @@ for _class in (_Loader, _Dumper):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_REFERENCE = re.compile(r"\$\{\s*([^${}]*?)\s*\}")
 
 
 @dataclass
@@ -151,7 +154,13 @@ def _plain(
     if not node.tag.startswith("tag:yaml.org,2002:") or ":python" in node.tag or node.tag.endswith("binary"):
         raise InputError(f"{at}: tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is refused; use plain values only")
     if isinstance(node, yaml.ScalarNode):
-        return loader.construct_object(node)
+        try:
+            value = loader.construct_object(node)
+            if isinstance(value, int) and value.bit_length() > MAX_BITS:
+                raise ValueError(f"more than {MAX_BITS} bits")  # Python prints no integer of thousands of digits
+            return value
+        except (ValueError, LookupError, AttributeError, OverflowError) as e:  # such as of `!!int abc`
+            raise InputError(f"{at}: {_excerpt(node.value)!r} is no {node.tag.rpartition(':')[2]} ({e})") from e
     if isinstance(node, yaml.SequenceNode):
         return [_plain(loader, item, (*place, i), lines, name, count) for i, item in enumerate(node.value)]
     assert isinstance(node, yaml.MappingNode)
@@ -235,23 +244,71 @@ def resolve(source: Source) -> None:
     into an interpolation once resolved.
     """
     for place, text in _strings(source.values, ()):
-        if _calls_resolver(text):
+        if _is_foreign(text):
             raise source.error(place, f"{dotted(place)}: {text!r}: only ${{section.key}} of the same file is allowed")
         if text == "???":
             raise source.error(place, f"{dotted(place)} is left open (???); give it a value")
     try:
+        _check_expansion(source)
         values = OmegaConf.to_container(OmegaConf.create(source.values), resolve=True)
     except OmegaConfBaseException as e:
         key = str(e.full_key or "")
         place = tuple(int(p) if p.isdigit() else p for p in re.findall(r"[^.\[\]]+", key))
         raise source.error(place, f"{key or 'interpolation'}: {str(e).splitlines()[0]}") from e
     except RecursionError as e:
-        raise InputError(f"{source.name}: an interpolation ${{...}} refers to itself") from e
+        raise InputError(f"{source.name}: an interpolation ${{...}} refers to itself, or to a long chain") from e
     assert isinstance(values, dict)
     source.values = {str(key): value for key, value in values.items()}
     for place, text in _strings(source.values, ()):
         if "${" in text:
             raise source.error(place, f"{dotted(place)}: {text!r}: an interpolation may not make another one")
+
+
+def _check_expansion(source: Source) -> None:
+    """InputError where the interpolations would unfold into more than MAX_UNFOLDED characters, before they do.
+
+    A few lines, each ten times the one before, are enough for that. What cannot be followed (missing, circular) counts
+    as nothing: resolving refuses it by name.
+    """
+    sizes: dict[Place, int] = {}
+    unfolded = 0
+
+    def size(value: Any, place: Place) -> int:
+        """Characters of a value once resolved, at most, and one more for each value in it."""
+        nonlocal unfolded
+        if place in sizes:
+            return sizes[place]
+        sizes[place] = 0  # for a circle that leads back here
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            total = 1 + sum(size(item, (*place, key)) for key, item in items)
+        else:
+            text = str(value)
+            keys = _REFERENCE.findall(text)
+            total = 1 + len(text) + sum(target(key, place) for key in keys)
+            unfolded += total if keys else 0
+            if unfolded > MAX_UNFOLDED:
+                raise source.error(
+                    place,
+                    f"{dotted(place)}: interpolations unfold into more than {MAX_UNFOLDED} characters; shorten it",
+                )
+        sizes[place] = total
+        return total
+
+    def target(key: str, place: Place) -> int:
+        dots = len(key) - len(key.lstrip("."))  # relative to the section around the value, as OmegaConf has it
+        value: Any = source.values
+        found: Place = ()
+        for part in (*(place[:-dots] if dots else ()), *re.findall(r"[^.\[\]]+", key)):
+            part = int(part) if isinstance(value, list) and str(part).isdecimal() else part
+            try:
+                value = value[part]
+            except (LookupError, TypeError):
+                return 0
+            found = (*found, part)
+        return size(value, found)
+
+    size(source.values, ())
 
 
 def _strings(value: Any, place: Place) -> Iterator[tuple[Place, str]]:
@@ -265,11 +322,13 @@ def _strings(value: Any, place: Place) -> Iterator[tuple[Place, str]]:
             yield from _strings(item, (*place, i))
 
 
-def _calls_resolver(text: str) -> bool:
-    """Whether there is a colon inside ${...}, without which OmegaConf calls no resolver."""
+def _is_foreign(text: str) -> bool:
+    """Whether ${...} holds a colon, without which OmegaConf calls no resolver, or another ${: its key varies."""
     depth, i = 0, 0
     while i < len(text):
         if text.startswith("${", i):
+            if depth:
+                return True
             depth, i = depth + 1, i + 1
         elif text[i] == "}" and depth:
             depth -= 1
@@ -398,7 +457,9 @@ def describe_hint(hint: Any) -> str:
         if member in words:
             parts.append(words[member])
         elif origin is Literal:
-            parts.append(("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments)))
+            shown = ", ".join(map(str, arguments))
+            alone = len(_members(hint)) == 1  # the quotes tell that 'text' is a value, not a kind of value
+            parts.append(f"one of {shown}" if len(arguments) > 1 else f"only {arguments[0]!r}" if alone else shown)
         elif origin is tuple and ... not in arguments:
             parts.append(f"a list of {len(arguments)} values")
         elif origin in (list, tuple):
@@ -406,6 +467,10 @@ def describe_hint(hint: Any) -> str:
         else:
             parts.append("a section of its own")
     return " or ".join(parts)
+
+
+def _excerpt(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def describe_value(value: Any) -> str:

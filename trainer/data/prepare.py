@@ -111,6 +111,8 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> dict[str, Any]:
     key = _digest([[part.key for part in parts], options.shard_tokens])
     with _locked(out):
         found = _finished(options, key)
+        if not options.overwrite and not (out / MANIFEST).exists() and not state.exists():
+            _refuse_foreign(out, encoding)
         if found is not None:
             Progress.say(quiet, f"{out}: up to date, {_summary(found)}")
             return found
@@ -236,6 +238,29 @@ def _finished(options: PrepareOptions, key: str) -> dict[str, Any] | None:
     return None
 
 
+def _refuse_foreign(out: Path, encoding: Encoding) -> None:
+    """InputError where OUT, in which no preparation of ours was begun, holds files that it would replace or delete."""
+    foreign = [path for split in SPLITS for path in _shard_files(out, split)]
+    for file, name in _copies(encoding):
+        if (out / name).exists() and file_sha256(out / name) != file_sha256(file):
+            foreign.append(out / name)
+    if foreign:
+        raise InputError(
+            f"--out {out}: holds {', '.join(str(path.relative_to(out)) for path in foreign[:3])} of something else; "
+            "choose another folder, or give --overwrite to replace what is there"
+        )
+
+
+def _shard_files(out: Path, split: str) -> list[Path]:
+    return sorted((out / split).glob("shard-[0-9]*.bin"))
+
+
+def _copies(encoding: Encoding) -> list[tuple[Path, str]]:
+    """The tokenizer's files, and their names in OUT."""
+    source = Path(encoding.tokenizer)
+    return [(source, TOKENIZER), *((file, file.name) for file in settings_files(source))]
+
+
 def _part_done(part: _Part, joined: set[tuple[str, int]]) -> bool:
     record = _read_record(part.record(), part.key)
     if record is None:
@@ -329,14 +354,13 @@ def _join_all(parts: list[_Part], options: PrepareOptions, encoding: Encoding, q
 
 def _finish(out: Path, manifest: dict[str, Any], encoding: Encoding) -> None:
     """Copies the tokenizer, writes the manifest, and removes what earlier, different runs left."""
-    source = Path(encoding.tokenizer)
-    for file, name in [(source, TOKENIZER), *((file, file.name) for file in settings_files(source))]:
+    for file, name in _copies(encoding):
         if not (out / name).exists() or not file.samefile(out / name):
             shutil.copyfile(file, out / name)
     _write_json(out / MANIFEST, manifest)
     named = {shard["file"] for shards in manifest["splits"].values() for shard in shards}
     for split in SPLITS:
-        for path in (out / split).glob("shard-[0-9]*.bin"):
+        for path in _shard_files(out, split):
             if f"{split}/{path.name}" not in named:
                 path.unlink()
     shutil.rmtree(out / STATE)

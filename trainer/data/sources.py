@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from trainer.data import mds
 from trainer.data.mds import Document
@@ -24,6 +24,7 @@ from trainer.errors import InputError
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow",
          ".txt": "text", ".text": "text", ".md": "text"}  # fmt: skip
 COMPRESSED = (".gz", ".zst", ".zstd")
+ZSTD_CHUNK = 1 << 16
 # What `datasets.save_to_disk` writes beside its Arrow files.
 NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
@@ -171,6 +172,8 @@ def _cut(file: InputFile, validation: bool, piece_bytes: int) -> Iterator[Piece]
         for number, shard in enumerate(_mds_shards(path)):
             yield Piece(str(path), kind, validation, shard.raw_bytes, number, number + 1)
         return
+    if not size and path.suffix in COMPRESSED:
+        raise InputError(f"{path}: has 0 bytes, which no compressed file has; copy it again or leave it out")
     if kind == "jsonl" and path.suffix not in COMPRESSED:
         for start in range(0, size, piece_bytes):
             stop = min(start + piece_bytes, size)
@@ -222,10 +225,47 @@ def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix in COMPRESSED:
+        return io.BufferedReader(_ZstdFile(path), ZSTD_CHUNK)
+    return open(path, "rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """The content of a .zst file's frames, one after the other; EOFError where the file ends inside a frame.
+
+    zstandard's own stream reader takes a truncated file for a whole one.
+    """
+
+    def __init__(self, path: Path) -> None:
         import zstandard
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True))
-    return open(path, "rb")
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame = self._decompressor.decompressobj()
+        self._packed, self._plain = b"", memoryview(b"")
+        self._inside = True  # a frame that has not ended, or the first, which has to be there
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            packed = self._packed or self._file.read(ZSTD_CHUNK)
+            if not packed:
+                if self._inside:
+                    raise EOFError("truncated: the compressed data ends too early")
+                return 0
+            if not self._inside:
+                self._frame = self._decompressor.decompressobj()
+            self._plain = memoryview(self._frame.decompress(packed))
+            self._inside = not self._frame.eof
+            self._packed = b"" if self._inside else self._frame.unused_data
+        size = min(len(buffer), len(self._plain))
+        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _read_jsonl(piece: Piece, field: str) -> Iterator[str]:
@@ -240,11 +280,14 @@ def _read_jsonl(piece: Piece, field: str) -> Iterator[str]:
         while piece.stop < 0 or line_start < piece.stop:
             try:
                 line = file.readline()
-                if not line:
-                    return
+            except Exception as error:  # every decompressor has its own
+                raise InputError(f"{path}: cannot be read ({error}); copy it again or leave it out") from None
+            if not line:
+                return
+            try:
                 if line.strip():
                     yield _text_of(json.loads(line), field)
-            except Exception as error:  # JSON, UTF-8 and every decompressor's own
+            except Exception as error:  # JSON's, UTF-8's and ours
                 number += _lines_before(path, piece.start) + 1
                 raise InputError(f"{path}, line {number}: {_reason(error)}; repair or remove the line") from None
             number += 1

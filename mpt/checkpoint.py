@@ -101,8 +101,8 @@ def save_hf(
     _write_config(temporary, config, saved_dtype)
     for written in temporary.glob("*.safetensors"):  # which the library makes readable by their owner only
         shutil.copymode(temporary / "config.json", written)
-    for path in tokenizer_files:
-        shutil.copy(path, temporary / Path(path).name)
+    for file in tokenizer_files:
+        shutil.copy(file, temporary / Path(file).name)
     _replace(temporary, folder)
 
 

@@ -4,14 +4,19 @@ import argparse
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
-from trainer.data.mds import TOKEN_DTYPES
-from trainer.data.prepare import PrepareOptions, prepare
-from trainer.data.sources import DOCUMENT_UNITS
-from trainer.errors import InputError
+if TYPE_CHECKING:
+    from trainer.data.prepare import PrepareOptions
+
+# Our packages take seconds to import: inside the functions, so that Ctrl-C is answered in a line from the start.
 
 
-def parse(argv: list[str] | None = None) -> PrepareOptions:
+def parse(argv: list[str] | None = None) -> "PrepareOptions":
+    from trainer.data.mds import TOKEN_DTYPES
+    from trainer.data.prepare import PrepareOptions
+    from trainer.data.sources import DOCUMENT_UNITS
+
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Interrupted, the same command goes on where it stopped. The result does not depend on --workers.",
@@ -57,8 +62,19 @@ def parse(argv: list[str] | None = None) -> PrepareOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped the same way as by Ctrl-C
+    try:
+        return _prepare(argv)
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _prepare(argv: list[str] | None) -> int:
+    options = parse(argv)
+    from trainer.data.prepare import prepare
+    from trainer.errors import InputError
+
     try:
         prepare(options)
     except InputError as error:
@@ -67,9 +83,6 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}; what is done is kept, run the same command again to go on", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; what is done is kept, run the same command again to go on", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -53,6 +53,20 @@ def test_defaults(paths):
     assert prepare_data.parse(arguments(paths, "--val", "b.jsonl")).val_inputs == ("b.jsonl",)
 
 
+def test_ctrl_c_in_the_first_moments_is_one_line(paths, capsys, monkeypatch):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, "parse", interrupt)
+    assert prepare_data.main(arguments(paths)) == 130
+    assert capsys.readouterr().err.startswith("stopped; what is done is kept")
+
+
+def test_nothing_of_ours_is_imported_before_it_can_be_interrupted():
+    code = "import scripts.prepare_data, sys; sys.exit(any(n.startswith(('trainer', 'numpy')) for n in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def start(paths, out, *more):
     command = [sys.executable, SCRIPT, str(paths / "big.jsonl"), "--out", str(out), "--tokenizer", str(paths / "t")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -245,6 +245,13 @@ def assert_matches(text, pattern):
             r"recipe.yaml:2: load_path=gs://bucket/a: remote",
         ),
         ("run_name: small", "run_name: small\nload_path: dbfs:/a", r"load_path=dbfs:/a: remote"),
+        ("run_name: small", "run_name: small\nload_path: a/" + "ü" * 128, r"recipe.yaml:2: load_path=.*255 bytes"),
+        (
+            "run_name: small",
+            'run_name: small\nsave_folder: "a\\0b"',
+            r"recipe.yaml:2: save_folder='a\\x00b': .*control",
+        ),
+        ("    local: {data}", '    local: "a\\tb"', r"train_loader.dataset.local='a\\tb': a path with control"),
         ("    local: {data}", "    local: oci://b/a", r"train_loader.dataset.local=oci://b/a: remote"),
         ("    local: {data}", "    local: ~/a", r"train_loader.dataset.local=~/a: ~ is not expanded"),
         ("run_name: small", "run_name: small\nsave_folder: ~", None),  # YAML's null

@@ -131,6 +131,13 @@ def truncate(folder):
         (lambda f: edit_index(f, lambda s: s.pop("column_names")), "not the index"),
         (lambda f: edit_index(f, lambda s: s.update(column_names=["body"])), "no column 'tokens' or 'text'.*body"),
         (lambda f: edit_index(f, lambda s: s.update(column_encodings=["pkl"])), "encoding 'pkl'"),
+        (lambda f: edit_index(f, lambda s: s.update(column_encodings=[3])), "not the index"),
+        (lambda f: edit_index(f, lambda s: s.update(column_encodings=[])), "not the index"),
+        (lambda f: edit_index(f, lambda s: s.update(column_sizes=["3"])), "not the index"),
+        (lambda f: edit_index(f, lambda s: s["raw_data"].update(basename="a\0b")), "leaves the folder"),
+        (lambda f: (f / "index.json").write_text("[" * 100_000), "not the index"),
+        (lambda f: (f / "index.json").write_text("9" * 5000), "not the index"),
+        (lambda f: (f / "index.json").write_text('{"version": 2, "shards": 3}'), "not the index"),
         (lambda f: edit_index(f, lambda s: s.update(column_sizes=[3])), "sample 0: damaged"),
     ],
 )

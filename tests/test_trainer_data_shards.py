@@ -102,7 +102,12 @@ def set_field(*path, value):
         (set_field("format", value="other"), ["format is 'other'"]),
         (set_field("version", value=2), ["version is 2", "reads version 1"]),
         (set_field("dtype", value="int64"), ["dtype is 'int64'", "uint16, uint32"]),
+        (set_field("dtype", value=["uint16"]), ["dtype is ['uint16']", "uint16, uint32"]),
         (set_field("eos_id", value=None), ["eos_id is None"]),
+        (set_field("eos_id", value=-1), ["eos_id is -1, expected an id below vocab_size 10"]),
+        (set_field("eos_id", value=1000), ["eos_id is 1000"]),
+        (set_field("tokenizer", "file", value="a\0b"), ["no file name of this folder"]),
+        (set_field("splits", "train", 0, "file", value="a\0b"), ["leaves the folder"]),
         (set_field("tokenizer", value="x"), ["tokenizer is 'x'"]),
         (set_field("tokenizer", "sha256", value=3), ["tokenizer.sha256 is 3"]),
         (set_field("splits", value=[]), ["splits is []"]),
@@ -122,7 +127,7 @@ def test_a_bad_manifest_is_one_clear_error(folder, change, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b"3"])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b"3", b"[" * 100_000, b"9" * 5000])
 def test_a_manifest_that_is_none(folder, content):
     (folder / "manifest.json").write_bytes(content)
     with pytest.raises(InputError, match=r"manifest.json"):

@@ -161,6 +161,14 @@ def test_bad_text_and_broken_compression_are_named(tmp_path):
         read([tmp_path / "a.txt.zst"])
 
 
+def test_a_shard_that_is_gone_is_named(tmp_path):
+    write_mds(tmp_path / "m", [[[b"x"]]], [("text", "str", None)])
+    (piece,) = cut_files(list_files([str(tmp_path / "m")]), False, 1 << 20)
+    (tmp_path / "m" / "shard.00000.mds").unlink()
+    with pytest.raises(InputError, match=r"shard\.00000\.mds: cannot be opened .*copy the folder again"):
+        piece.state()
+
+
 SKIPPABLE = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
 
 

@@ -366,6 +366,23 @@ def test_streams_that_cannot_be_mapped(load):
         ("        proportion: 0.25\n", "", "every stream a proportion"),
         ("        proportion: 0.25\n", "        proportion: 0.25\n        repeat: 2\n", "repeat: 2 is not supported"),
         ("        remote:\n", "        remote: gs://b/web\n", "data is not fetched"),
+        ("        proportion: 0.25\n", "        proportion: much\n", "'much': expected a number above 0"),
+        ("        proportion: 0.25\n", "        proportion: -1\n", "-1: expected a number above 0"),
     ):
         with pytest.raises(InputError, match=message):
             load((place, STREAMS.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        ("web", "expected a mapping or list of streams, found 'web'"),
+        ("[web]", r"streams\[0\]: expected a section, found 'web'"),
+        ("[{local: a, proportion: true}]", r"streams\[0\].proportion: True: expected a number above 0"),
+        ("[{local: a, proportion: 0}]", r"streams\[0\].proportion: 0: expected a number above 0"),
+    ],
+)
+def test_streams_that_are_none(load, streams, message):
+    place = "    local: ${variables.data_local}\n    remote: ${variables.data_remote}\n    split: train\n"
+    with pytest.raises(InputError, match=message):
+        load((place, f"    streams: {streams}\n"))

@@ -31,6 +31,7 @@ from trainer.plan import choose_micro_batch, divisors
 RECIPES = Path(__file__).resolve().parent.parent / "yaml"
 
 LIMIT = 2**31  # of sequences in a step and of tokens in a sequence: their products fit 64 bits
+MOST_PATH_BYTES = 255  # of one component, on every file system of Linux
 MOST_SECONDS = 366 * 24 * 3600
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|dbfs:", re.IGNORECASE)
 
@@ -132,6 +133,10 @@ class TrainConfig:
         for name, path in _paths(self).items():
             if path and _REMOTE.match(path):
                 raise InputError(f"{name}={path}: remote folders are not supported yet; give a local one")
+            if path and re.search(r"[\x00-\x1f\x7f]", path):
+                raise InputError(f"{name}={path!r}: a path with control characters; remove them")
+            if path and any(len(os.fsencode(part)) > MOST_PATH_BYTES for part in path.split("/")):
+                raise InputError(f"{name}={path[:40]}...: no name in a path can be longer than 255 bytes; shorten it")
             if path and path.startswith("~"):
                 raise InputError(f"{name}={path}: ~ is not expanded here; write the folder out")
         for key, value in self.tokenizer.kwargs.items():

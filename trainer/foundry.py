@@ -1,5 +1,6 @@
 """llm-foundry's pretraining YAMLs read as they are: their keys as ours, their defaults, and what is ignored by name."""
 
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -245,18 +246,30 @@ def _no_remote(t: _Translation, place: Place, dataset: Mapping[str, Any]) -> Non
 
 def _streams(t: _Translation, place: Place, streams: Any) -> list[dict[str, Any]]:
     """Streams with proportions as our mix; what else decides how often a stream is read is refused."""
+    if not isinstance(streams, dict | list):
+        raise t.error(place, f"expected a mapping or list of streams, found {streams!r}")
     entries = list(streams.items()) if isinstance(streams, dict) else list(enumerate(streams))
     out = []
     for name, stream in entries:
         here: Place = (*place, name)
+        if not isinstance(stream, dict | None):
+            raise t.error(here, f"expected a section, found {stream!r}")
         stream = dict(stream or {})
         _no_remote(t, here, stream)
         for key in ("repeat", "choose"):
             t.only(here, stream, key, [None])
         if stream.get("proportion") is None and len(entries) > 1:
             raise t.error(here, "give every stream a proportion (its share of the sequences)")
+        proportion = stream.get("proportion")
+        number = isinstance(proportion, int | float) and not isinstance(proportion, bool)
+        if proportion is not None and not (number and 0 < proportion < math.inf):
+            raise t.error((*here, "proportion"), f"{proportion!r}: expected a number above 0")
         out.append(
-            {"local": stream.get("local"), "split": stream.get("split"), "weight": stream.get("proportion", 1.0)}
+            {
+                "local": stream.get("local"),
+                "split": stream.get("split"),
+                "weight": 1.0 if proportion is None else proportion,
+            }
         )
         known = ("local", "remote", "split", "proportion")
         t.ignore(here, [key for key in stream if key not in known])

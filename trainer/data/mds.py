@@ -63,7 +63,7 @@ def read_index(folder: Path) -> list[MdsShard]:
         return [_shard(folder, entry) for entry in index["shards"]]
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"{path}: not the index of an MDS folder ({error!r}); copy the folder again") from None
 
 
@@ -71,6 +71,13 @@ def _shard(folder: Path, entry: dict[str, Any]) -> MdsShard:
     if entry["format"] != "mds":
         raise InputError(f"{folder / INDEX}: shard format is {entry['format']!r}, only 'mds' is read")
     raw, zipped = entry["raw_data"], entry["zip_data"]
+    columns = entry["column_names"], entry["column_encodings"], entry["column_sizes"]
+    if (
+        not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+        or not all(isinstance(text, str) for text in (*columns[0], *columns[1]))
+        or not all(size is None or (type(size) is int and size >= 0) for size in columns[2])
+    ):
+        raise ValueError("column_names, column_encodings and column_sizes do not describe columns")
     return MdsShard(
         name=raw["basename"],
         raw=_inside(folder, raw["basename"]),
@@ -87,7 +94,7 @@ def _shard(folder: Path, entry: dict[str, Any]) -> MdsShard:
 
 def _inside(folder: Path, basename: str) -> Path:
     relative = Path(basename)
-    if relative.is_absolute() or ".." in relative.parts:
+    if relative.is_absolute() or ".." in relative.parts or "\0" in basename:
         raise InputError(f"{folder / INDEX}: basename {basename!r} leaves the folder; only files inside are read")
     return folder / relative
 

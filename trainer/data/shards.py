@@ -64,7 +64,9 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise InputError(_no_manifest(folder))
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
+    except (ValueError, RecursionError) as error:  # also integers of thousands of digits, and deep nesting
         raise InputError(f"{path}: not readable as JSON ({error}); {REMEDY}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -74,24 +76,28 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{path}: version is {data.get('version')!r}, this program reads version {VERSION}; "
             "prepare the data again with this version's scripts/prepare_data.py"
         )
-    if data.get("dtype") not in DTYPES:
+    if not isinstance(data.get("dtype"), str) or data["dtype"] not in DTYPES:
         raise InputError(f"{path}: dtype is {data.get('dtype')!r}, known are {', '.join(DTYPES)}; {REMEDY}")
     tokenizer = _field(path, data, "tokenizer", dict)
     dtype = DTYPES[data["dtype"]]
     splits = _field(path, data, "splits", dict)
+    eos_id = _field(path, data, "eos_id", int)
+    vocab_size = _field(path, tokenizer, "vocab_size", int, "tokenizer.")
+    if not 0 <= eos_id < vocab_size:
+        raise InputError(f"{path}: eos_id is {eos_id}, expected an id below vocab_size {vocab_size}; {REMEDY}")
     return Manifest(
         folder=folder,
         dtype=dtype,
-        eos_id=_field(path, data, "eos_id", int),
+        eos_id=eos_id,
         tokenizer_sha256=_field(path, tokenizer, "sha256", str, "tokenizer."),
         tokenizer_file=_plain_name(path, _field(path, tokenizer, "file", str, "tokenizer.")),
-        vocab_size=_field(path, tokenizer, "vocab_size", int, "tokenizer."),
+        vocab_size=vocab_size,
         splits={name: _shards(path, name, _field(path, splits, name, list, "splits."), dtype) for name in splits},
     )
 
 
 def _plain_name(path: Path, name: str) -> str:
-    if Path(name).name != name or name in ("", "."):
+    if Path(name).name != name or name in ("", ".") or "\0" in name:
         raise InputError(f"{path}: tokenizer.file is {name!r}, which is no file name of this folder; {REMEDY}")
     return name
 
@@ -119,7 +125,7 @@ def _shards(path: Path, split: str, entries: list[Any], dtype: np.dtype[Any]) ->
             raise InputError(f"{path}: {where} is {entry!r}, expected a mapping; {REMEDY}")
         shard = Shard(**{name: _field(path, entry, name, kind, where + ".") for name, kind in _SHARD_FIELDS.items()})
         relative = Path(shard.file)
-        if relative.is_absolute() or ".." in relative.parts:
+        if relative.is_absolute() or ".." in relative.parts or "\0" in shard.file:
             raise InputError(f"{path}: {where}.file is {shard.file!r}, which leaves the folder; {REMEDY}")
         if shard.tokens < 1 or shard.bytes != shard.tokens * dtype.itemsize:
             raise InputError(

@@ -48,9 +48,14 @@ class Piece:
     def state(self) -> list[object]:
         """What must be unchanged for earlier work on this piece to be kept."""
         path = Path(self.path) / mds.INDEX if self.kind == "mds" else Path(self.path)
-        stats = [path.stat()]
-        if self.kind == "mds":
-            stats.append(_mds_shards(Path(self.path))[self.start].path.stat())
+        try:
+            stats = [path.stat()]
+            if self.kind == "mds":
+                path = _mds_shards(Path(self.path))[self.start].path
+                stats.append(path.stat())
+        except OSError as error:
+            whole = "folder" if self.kind == "mds" else "file"
+            raise InputError(f"{path}: cannot be opened ({error.strerror}); copy the {whole} again") from None
         times = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         return [os.path.abspath(self.path), self.kind, self.validation, self.start, self.stop, times]
 

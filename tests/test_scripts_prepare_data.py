@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,9 @@ def test_nothing_of_ours_is_imported_before_it_can_be_interrupted():
 def start(paths, out, *more):
     command = [sys.executable, SCRIPT, str(paths / "big.jsonl"), "--out", str(out), "--tokenizer", str(paths / "t")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*command, *more], env=environment, stderr=subprocess.PIPE, text=True)
+    # A shell's background job has SIGINT ignored, and a program that inherits that rightly leaves it so.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([*command, *more], env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
 
 
 def children(pid):

@@ -169,6 +169,22 @@ def test_a_row_that_sees_nothing_gives_zero():
     assert (grads[0][0, :60] == 0).all() and (grads[2][0, :60] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+def test_ids_of_any_size_are_told_apart(dtype: torch.dtype):
+    """64-bit ids that agree in their low 32 bits, in any order, with padding."""
+    largest = torch.iinfo(dtype).max
+    values = torch.tensor([7, largest, -1, largest - 1, 0, -largest, 7 + largest // 2 + 1], dtype=dtype)
+    if dtype == torch.int64:
+        values = torch.cat([values, torch.tensor([7 + 2**32, 7 + 2**40, 2**31 + 7, 2**31])])
+    ids = values[torch.randint(len(values), (2, 70))]
+    both(*qkv(2, 70, 2, 16), torch.bfloat16, alibi_slopes=kernels.alibi_slopes(2), sequence_id=ids)
+
+
+def test_the_tile_of_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(MODULE, "_INTERPRETER", MODULE._FP32)
+    both(*qkv(1, 150, 2, 16, 1), alibi_slopes=kernels.alibi_slopes(2) * 2)
+
+
 # ---- strides and descriptors -----------------------------------------------------------------------------------------
 
 

@@ -8,8 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from pooled import compare_pooled
-from tolerance import compare
+from tolerance import compare, compare_pooled
 
 import kernels
 from kernels import reference

@@ -80,6 +80,28 @@ def compare(
     hold(draw, dtype)
 
 
+def compare_pooled(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    draws: Sequence[Sequence[Tensor | None]],
+    dtype: torch.dtype,
+) -> None:
+    """As `compare`, for inputs that are small by intent: the numbers of many such draws are held to the rule as if they
+    were one tensor's.
+    """
+
+    def draw() -> list[Row]:
+        found = []
+        for same in zip(*(_rows(function, reference, inputs, dtype) for inputs in draws)):
+            for name, got, _, exact in same:
+                assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
+            parts = (torch.cat([row[i].detach().flatten() for row in same]) for i in (1, 2, 3))
+            found.append((same[0][0], *parts))
+        return found
+
+    hold(draw, dtype)
+
+
 def hold(draw: Callable[[], Sequence[Row]], dtype: torch.dtype | None = None) -> None:
     """Hold each row of draw() to the rule; called again, it has to give the same rows for other random numbers."""
     first = [_excess(*row, dtype) for row in draw()]

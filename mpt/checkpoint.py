@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mpt.config import MptConfig, parameter_shapes
-from mpt.initialize import local_rows, plain_name
+from mpt.initialize import init_weights, local_rows, plain_name
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -31,6 +31,8 @@ ITEM_BYTES = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 1),
 }  # fmt: skip
 TABLE_LINES = 20
+CLASSIFIERS = ("score.", "classifier.", "qa_outputs.")
+ALL_HEADS = ("lm_head.", *CLASSIFIERS)
 # What decides a model's output without showing in its weights' shapes.
 BEHAVIOUR = ("layer_norm_epsilon", "logit_scale", "norm_type")
 ATTN_BEHAVIOUR = ("alibi", "alibi_bias_max", "attn_uses_sequence_id", "clip_qkv", "prefix_lm", "softmax_scale")
@@ -45,8 +47,9 @@ def save_hf(
     dtype: torch.dtype | None = None,
     write: bool = True,
     tokenizer_files: Iterable[str | Path] = (),
+    architecture: str = "MptForCausalLM",
 ) -> None:
-    """Write an MptForCausalLM as a folder that `load_hf` and transformers read.
+    """Write a model as a folder that `load_hf` and transformers read.
 
     named_tensors: every parameter once, as (name, tensor) or (name, function that gives it); one shard's worth is held
         in memory at a time. Sharded parameters are gathered one by one: then every rank must make this call. A tied
@@ -55,6 +58,7 @@ def save_hf(
     dtype: of the saved weights; None leaves them as they are.
     write: whether this rank writes; True on one of them.
     tokenizer_files: copied along.
+    architecture: the model's class.
 
     Everything goes into `folder`.tmp, which is renamed at the end; an older export in `folder` is replaced (and is
     `folder`.old for a moment), anything else under these three names refused. ValueError where names or shapes are not
@@ -67,8 +71,10 @@ def save_hf(
             _check_replaceable(path)
         _remove(temporary)
         temporary.mkdir(parents=True)
-        config.save_pretrained(temporary)  # first, so that what a killed process leaves is known for an export
-    expected = parameter_shapes(config)
+        config.save_pretrained(
+            temporary, architecture=architecture
+        )  # first, so that what a killed process leaves is known for an export
+    expected = parameter_shapes(config, architecture)
     shard: dict[str, Tensor] = {}
     files: list[list[str]] = []
     held = total = 0
@@ -98,7 +104,7 @@ def save_hf(
         return
     files.append(_write_shard(shard, temporary, len(files)))
     _finish_shards(temporary, files, total)
-    _write_config(temporary, config, saved_dtype)
+    _write_config(temporary, config, architecture, saved_dtype)
     for written in temporary.glob("*.safetensors"):  # which the library makes readable by their owner only
         shutil.copymode(temporary / "config.json", written)
     for file in tokenizer_files:
@@ -138,10 +144,11 @@ def _finish_shards(folder: Path, files: list[list[str]], total: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(folder: Path, config: MptConfig, dtype: torch.dtype | None) -> None:
-    config.save_pretrained(folder)
+def _write_config(folder: Path, config: MptConfig, architecture: str, dtype: torch.dtype | None) -> None:
+    config.save_pretrained(folder, architecture=architecture)
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8")) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    values.pop("dtype", None)  # its newer name, of the file that the configuration was read from
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if ignored := unsupported_by_transformers(config):
         warnings.warn(
@@ -211,26 +218,50 @@ def load_hf(model: nn.Module, folder: str | Path) -> None:
     reads its own rows.
 
     Reads model.safetensors or pytorch_model.bin, whole or in shards with an index; values are cast to the parameters'
-    dtypes. ValueError holds a table of the missing, unexpected and misshapen weights, and nothing is copied then; or it
-    names the file that is absent, damaged, outside the folder, or holds a name twice. Warns where the folder's
-    config.json describes another behaviour than `model.config`.
+    dtypes. A classifier's head that the folder does not have is initialised as `model.config` says, from torch's
+    generator, with a warning; heads of other classes are left out. ValueError holds a table of the missing, unexpected
+    and misshapen weights, and nothing is copied then; or it names the file that is absent, damaged, outside the folder,
+    or holds a name twice. Warns where the folder's config.json describes another behaviour than `model.config`.
     """
     folder = Path(folder)
     stored = stored_tensors(folder)
     has_head = hasattr(model, "transformer")
     if has_head and not any(name.startswith("transformer.") for name in stored):
-        stored = {name if name.startswith("lm_head.") else f"transformer.{name}": s for name, s in stored.items()}
+        stored = {name if name.startswith(ALL_HEADS) else f"transformer.{name}": s for name, s in stored.items()}
     if not has_head:
-        stored = {name.removeprefix("transformer."): s for name, s in stored.items() if not name.startswith("lm_head.")}
+        stored = {name.removeprefix("transformer."): s for name, s in stored.items() if not name.startswith(ALL_HEADS)}
     parameters = {plain_name(name): p for name, p in model.named_parameters()}
-    if has_head and "lm_head.weight" not in parameters:
+    if hasattr(model, "lm_head") and "lm_head.weight" not in parameters:
         _drop_tied_head(stored, folder)
-    _compare(parameters, stored, folder)
+    fresh = _fresh_head(model, parameters, stored, folder)
+    _compare({name: p for name, p in parameters.items() if name not in fresh}, stored, folder)
     _compare_config(model.config, folder)  # type: ignore[arg-type]
+    if fresh:
+        init_weights(model, int(torch.randint(2**62, (), device="cpu")), only=fresh)
     for name, parameter in parameters.items():
+        if name in fresh:
+            continue
         local, first = local_rows(name, parameter.detach())
         if local.shape[0]:
             local.copy_(stored[name].rows(first, first + local.shape[0]))
+
+
+def _fresh_head(
+    model: nn.Module, parameters: dict[str, nn.Parameter], stored: dict[str, Stored], folder: Path
+) -> set[str]:
+    """The names of a classifier's head where the folder has none of it. Drops other classes' heads from `stored`, and
+    warns of both.
+    """
+    unused = [name for name in stored if name.startswith(ALL_HEADS) and name not in parameters]
+    for name in unused:
+        del stored[name]
+    head = {name for name in parameters if name.startswith(CLASSIFIERS)}
+    fresh = set() if head & stored.keys() else head
+    said = [f"has no {' and '.join(sorted(fresh))}: initialised at random, train before use"] if fresh else []
+    said += [f"has {' and '.join(unused)}, which {type(model).__name__} does not use"] if unused else []
+    if said:
+        warnings.warn(f"{folder} {'; it '.join(said)}", stacklevel=4)
+    return fresh
 
 
 def dtype_of(folder: str | Path) -> torch.dtype:

@@ -170,7 +170,7 @@ def _sharded_model(config: TrainConfig, model_config: MptConfig, world: World) -
 def _fingerprint(config: TrainConfig, resolved: Resolved, data: TokenBatches) -> dict[str, Any]:
     """What a run must not change when it resumes. Durations, intervals, loggers and micro-batch are free."""
     return {
-        "model": resolved.model_config.to_dict(),
+        "model": resolved.model_config.to_dict(extra=False),
         "data": data.fingerprint(),
         "seed": config.seed,
         "optimizer": asdict(config.optimizer),

@@ -1,13 +1,18 @@
 """MptModel: embeddings, pre-norm blocks of attention and MLP, the final norm. Wiring; the arithmetic is in kernels."""
 
+import copy
+import difflib
+import inspect
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
@@ -18,6 +23,15 @@ from mpt.initialize import init_weights
 from mpt.outputs import BaseModelOutputWithPastAndCrossAttentions
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
+
+# Of transformers' from_pretrained: what to do instead here.
+FOREIGN_ARGUMENTS = {
+    "torch_dtype": "its name is dtype",
+    "device_map": "pass device, such as 'cuda'",
+    "trust_remote_code": "code from a checkpoint is never run; leave it out",
+    "low_cpu_mem_usage": "loading never holds the weights twice; leave it out",
+    "attn_implementation": "the kernels are chosen by device (MPT_KERNELS overrides); leave it out",
+}
 
 
 class AttentionRules:
@@ -172,9 +186,15 @@ def _keep_attention() -> Any:
 
 
 class MptPreTrainedModel(nn.Module):
-    """What MptModel and the models with heads share: a checked configuration, where they are built, saving, loading."""
+    """What MptModel and the models with heads share: a checked configuration, saving and loading, embeddings that can
+    be replaced and resized, gradient checkpointing.
+    """
 
     config: MptConfig
+    config_class = MptConfig
+    base_model_prefix = "transformer"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: MptConfig) -> None:
         super().__init__()
@@ -187,15 +207,125 @@ class MptPreTrainedModel(nn.Module):
             self.to_empty(device=device)
             init_weights(self, int(torch.randint(2**62, (), device="cpu")))
 
-    def num_parameters(self) -> int:
-        """The number of parameters; tied embeddings count once."""
-        return sum(p.numel() for p in self.parameters())
+    @property
+    def base_model(self) -> "MptModel":
+        """The MptModel inside; of an MptModel, itself."""
+        model = getattr(self, self.base_model_prefix, self)
+        assert isinstance(model, MptModel)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are (the first of them)."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are (the first of them)."""
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of parameters; tied embeddings count once.
+
+        only_trainable: those that require gradients. exclude_embeddings: not wte and wpe.
+        """
+        embeddings = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
+        return sum(
+            p.numel() for p in self.parameters() if id(p) not in embeddings and (p.requires_grad or not only_trainable)
+        )
 
     def get_input_embeddings(self) -> nn.Embedding:
         """wte, weight (V, d)."""
-        wte = getattr(self, "transformer", self).wte
+        wte = self.base_model.wte
         assert isinstance(wte, nn.Embedding)
         return wte
+
+    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
+        """Put another nn.Embedding, weight (V, d), in wte's place; a tied lm_head follows. ValueError for another
+        shape: `resize_token_embeddings` changes the vocabulary.
+        """
+        expected = (self.config.vocab_size, self.config.d_model)
+        if not isinstance(embeddings, nn.Embedding):
+            raise ValueError(
+                f"embeddings are a {type(embeddings).__name__}; pass an nn.Embedding with weight {expected}"
+            )
+        if embeddings.weight.shape != expected:
+            raise ValueError(
+                f"embeddings have weight {tuple(embeddings.weight.shape)}; it must be (vocab_size, d_model) = "
+                f"{expected}; resize_token_embeddings changes vocab_size"
+            )
+        self.base_model.wte = embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The module that makes the logits over the vocabulary; None where there is none."""
+        return None
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Change the vocabulary to new_num_tokens (None: as it is), rounded up to a multiple; returns wte.
+
+        Rows are cut off or added at the end of wte, and of an lm_head that is not tied; config.vocab_size follows.
+        mean_resizing: new rows are the mean of the old ones; False: initialised as the configuration says.
+
+        The weights are new Parameters: make the optimizer afterwards. ValueError where a special token's id would fall
+        outside, or the weights are sharded.
+        """
+        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        for name, value in (("new_num_tokens", size), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (not isinstance(value, int) or value <= 0):
+                raise ValueError(f"{name} is {value!r}; it must be a positive whole number")
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        wte = self.get_input_embeddings()
+        if size == self.config.vocab_size:
+            return wte
+        layers = [m for m in (wte, self.get_output_embeddings()) if isinstance(m, (nn.Embedding, nn.Linear))]
+        layers = list(dict.fromkeys(layers))  # wte once where it is both
+        if any(isinstance(layer.weight, DTensor) for layer in layers):
+            raise ValueError("resize_token_embeddings cannot resize sharded weights; call it before fully_shard")
+        changed = copy.copy(self.config)
+        changed.vocab_size = size
+        changed.check()
+        old, self.config.vocab_size = self.config.vocab_size, size
+        for layer in layers:
+            weight = _resized(layer.weight.detach(), size)
+            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+            setattr(layer, "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features", size)
+        if not mean_resizing and size > old and self.device.type != "meta":
+            self._draw_rows(layers, old)
+        return wte
+
+    @torch.no_grad()
+    def _draw_rows(self, layers: list[Any], first: int) -> None:
+        """Initialise the rows of these layers' weights from `first` on, as the configuration says."""
+        kept = [layer.weight[:first].clone() for layer in layers]
+        names = {name for name, p in self.named_parameters() if any(p is layer.weight for layer in layers)}
+        init_weights(self, int(torch.randint(2**62, (), device="cpu")), only=names)
+        for layer, rows in zip(layers, kept, strict=True):
+            layer.weight[:first] = rows
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether the blocks recompute in the backward what they do not keep."""
+        return any(block.activation_checkpointing != "none" for block in self.base_model.blocks)  # type: ignore[misc]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """In train mode blocks keep their inputs only and recompute the rest in the backward.
+
+        gradient_checkpointing_kwargs: {"use_reentrant": False} is what there is. MptModel.set_activation_checkpointing
+        has a cheaper mode, "selective".
+        """
+        for key, value in (gradient_checkpointing_kwargs or {}).items():
+            if key != "use_reentrant" or value:
+                raise ValueError(
+                    f"gradient_checkpointing_kwargs has {key}={value!r}; only use_reentrant=False is supported"
+                )
+        self.base_model.set_activation_checkpointing("full")
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Blocks keep all that the backward needs."""
+        self.base_model.set_activation_checkpointing("none")
 
     def save_pretrained(
         self, folder: str | Path, *, max_shard_size: int | str = "5GB", dtype: torch.dtype | None = None
@@ -205,18 +335,38 @@ class MptPreTrainedModel(nn.Module):
         dtype: of the saved weights; None keeps each as it is. Replaces an older save in `folder`; see
         mpt.checkpoint.save_hf.
         """
-        checkpoint.save_hf(self.named_parameters(), self.config, folder, max_shard_size=max_shard_size, dtype=dtype)
+        checkpoint.save_hf(
+            self.named_parameters(),
+            self.config,
+            folder,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            architecture=type(self).__name__,
+        )
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls,
+        folder: str | Path,
+        *,
+        config: MptConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        **overrides: Any,
     ) -> Self:
         """A model in eval mode from a Hugging Face folder; `init_device` plays no part.
 
-        dtype: of the parameters; None takes the checkpoint's. Errors as mpt.checkpoint.load_hf.
+        config: in place of the folder's own.
+        dtype: of the parameters; None takes the checkpoint's.
+        overrides: fields of the configuration to change, such as num_labels=3 or attn_config={"clip_qkv": 6}.
+
+        A classifier's head that the folder does not have is initialised at random, with a warning. Errors as
+        mpt.checkpoint.load_hf.
         """
+        if config is not None and overrides:
+            raise ValueError(f"config and {', '.join(overrides)} are given; set the fields in config")
         with torch.device("meta"):
-            model = cls(MptConfig.from_pretrained(folder))
+            model = cls(config or MptConfig.from_pretrained(folder, **_config_fields(overrides)))
         model = model.to(dtype or checkpoint.dtype_of(folder)).to_empty(device=device)
         checkpoint.load_hf(model, folder)
         return model.eval()
@@ -264,6 +414,7 @@ class MptModel(MptPreTrainedModel):
         sequence_id: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         prefix_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
         """Hidden states (B, S, d) of input_ids (B, S) int, or of inputs_embeds (B, S, d) in their place.
 
@@ -277,21 +428,17 @@ class MptModel(MptPreTrainedModel):
             configuration's value.
         use_cache, past_key_values, cache_position: there is no cache in this version; asking for one is an error.
 
-        ValueError names the argument that does not fit.
+        ValueError names the argument that does not fit, TypeError one that does not exist.
         """
+        refuse_unknown(MptModel.forward, kwargs)
         config = self.config
         if use_cache or past_key_values is not None or cache_position is not None:
             raise ValueError(
                 "use_cache, past_key_values and cache_position need a key/value cache, which this version does not have"
             )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+        given = self._given(input_ids, inputs_embeds)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
-        if given.dim() != (2 if input_ids is not None else 3):
-            raise ValueError(f"input_ids must be (B, S) and inputs_embeds (B, S, d), not {tuple(given.shape)}")
         if token_type_ids is not None:
             if sequence_id is not None:
                 raise ValueError("sequence_id and token_type_ids are two names of one argument: give one of them")
@@ -317,6 +464,25 @@ class MptModel(MptPreTrainedModel):
         )
         return out if (config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
+    def _given(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The one that is given, checked for shape and dtype."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+        given = input_ids if input_ids is not None else inputs_embeds
+        if not isinstance(given, Tensor):
+            raise ValueError(f"input_ids and inputs_embeds are tensors, not {type(given).__name__}; call torch.tensor")
+        if input_ids is not None and given.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids are {given.dtype}; they must be int64 or int32")
+        if input_ids is None and not given.is_floating_point():
+            raise ValueError(f"inputs_embeds are {given.dtype}; they must be floating (token ids are input_ids)")
+        if given.dim() != (2 if input_ids is not None else 3) or 0 in given.shape:
+            raise ValueError(
+                f"input_ids must be (B, S) and inputs_embeds (B, S, d), none of them 0, not {tuple(given.shape)}"
+            )
+        if input_ids is None and given.shape[2] != self.config.d_model:
+            raise ValueError(f"inputs_embeds are {tuple(given.shape)}; d_model is {self.config.d_model}")
+        return given
+
     def _rules(
         self, given: Tensor, attention_mask: Tensor | None, sequence_id: Tensor | None, prefix_mask: Tensor | None
     ) -> AttentionRules:
@@ -327,6 +493,8 @@ class MptModel(MptPreTrainedModel):
             ("sequence_id", sequence_id),
             ("prefix_mask", prefix_mask),
         ):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise ValueError(f"{name} is a {type(mask).__name__}; it must be a tensor (B, S) = {tuple(shape)}")
             if mask is not None and mask.shape != shape:
                 raise ValueError(f"{name} is {tuple(mask.shape)}; it must be (B, S) = {tuple(shape)}")
         if attn.prefix_lm != (prefix_mask is not None):
@@ -340,8 +508,13 @@ class MptModel(MptPreTrainedModel):
         if sequence_id is None and attn.attn_uses_sequence_id and self.training:
             raise ValueError("attn_config.attn_uses_sequence_id is True: training needs sequence_id (B, S)")
         if attention_mask is not None:
+            if attention_mask.is_floating_point() and readable(attention_mask) and attention_mask.min() < 0:
+                raise ValueError(
+                    f"attention_mask holds {float(attention_mask.min())}; it is 1 where a token is real and 0 at "
+                    "padding, not what is added to the scores"
+                )
             attention_mask = attention_mask.bool()
-            if _readable(attention_mask) and attention_mask.all():
+            if readable(attention_mask) and attention_mask.all():
                 attention_mask = None  # no padding: the attention has less to do
         if sequence_id is not None and self.wpe is not None:
             # Attention needs no mask for ids of -1, since no real token shares that id; positions do.
@@ -387,6 +560,31 @@ class MptModel(MptPreTrainedModel):
         return positions
 
 
+def _resized(weight: Tensor, rows: int) -> Tensor:
+    """A copy of weight (V, d) with `rows` rows: the first ones, and if there are more, the mean of all of them."""
+    if rows <= len(weight):
+        return weight[:rows].clone()
+    mean = weight.mean(0, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return torch.cat((weight, mean.to(weight.dtype).expand(rows - len(weight), -1)))
+
+
+def _config_fields(overrides: dict[str, Any]) -> dict[str, Any]:
+    """`overrides`, unless one is an argument of transformers' from_pretrained that has another name here, or none."""
+    for name, instead in FOREIGN_ARGUMENTS.items():
+        if name in overrides:
+            raise TypeError(f"from_pretrained() takes no {name!r}; {instead}")
+    return overrides
+
+
+def refuse_unknown(method: Callable[..., Any], given: dict[str, Any]) -> None:
+    """TypeError for keyword arguments that a forward does not have, with the nearest that it has."""
+    for name in given:
+        known = [n for n, p in inspect.signature(method).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        close = difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+        raise TypeError(f"{method.__qualname__}() has no argument {name!r}; {advice}")
+
+
 def building_device(config: MptConfig) -> torch.device:
     """Where a model is built: the device of a `with torch.device(...)` around it, else as `init_device` says."""
     around = torch.get_default_device()
@@ -421,6 +619,6 @@ def attention_probabilities(q: Tensor, k: Tensor, rules: AttentionRules, softmax
     return scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0).to(q.dtype)
 
 
-def _readable(mask: Tensor) -> bool:
+def readable(mask: Tensor) -> bool:
     """Whether its values can be looked at here for nothing: on a CPU, outside tracing."""
     return type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -252,7 +252,7 @@ def _fresh_head(
     """The names of a classifier's head where the folder has none of it. Drops other classes' heads from `stored`, and
     warns of both.
     """
-    unused = [name for name in stored if name.startswith(ALL_HEADS) and name not in parameters]
+    unused = sorted(name for name in stored if name.startswith(ALL_HEADS) and name not in parameters)
     for name in unused:
         del stored[name]
     head = {name for name in parameters if name.startswith(CLASSIFIERS)}
@@ -260,7 +260,7 @@ def _fresh_head(
     said = [f"has no {' and '.join(sorted(fresh))}: initialised at random, train before use"] if fresh else []
     said += [f"has {' and '.join(unused)}, which {type(model).__name__} does not use"] if unused else []
     if said:
-        warnings.warn(f"{folder} {'; it '.join(said)}", stacklevel=4)
+        warnings.warn(f"{folder} {'; it '.join(said)}", stacklevel=5)
     return fresh
 
 

@@ -603,7 +603,8 @@ def _fill(
     names = [f.name for f in fields(config)]
     for key in values:
         if key not in names and key not in inert and key not in bookkeeping:
-            raise ValueError(f"unknown key {where}{key} (= {values[key]!r}){_nearest(key, names)}")
+            near = _nearest(key, names if where else [*names, *LABEL_KEYS, *ALIASES])
+            raise ValueError(f"unknown key {where}{key} (= {values[key]!r}){near}")
     _check_inert(values, inert, where, partial=True)
     object.__setattr__(config, "_extra", {key: value for key, value in values.items() if key not in names})
     for f in fields(config):

@@ -115,7 +115,7 @@ class MptAttentionConfig:
     alibi: bool = True
     alibi_bias_max: float = 8.0
     kv_n_heads: int | None = None
-    _extra: ClassVar[dict[str, Any]]
+    _extra: ClassVar[dict[str, Any]]  # an instance's, but no field: keys without effect, kept to be written back
 
     def __init__(self, **values: Any) -> None:
         _fill(self, values, ATTN_BOOKKEEPING, ATTN_INERT, "attn_config.")
@@ -236,14 +236,24 @@ class MptConfig:
     `name: mpt_causal_lm`, keys left out take llm-foundry's defaults: no ALiBi, biases, and `init_config`
     (kaiming_normal_).
 
+    d_model: width of the embeddings and hidden states; n_heads must divide it.
+    n_heads, n_layers: attention heads of a block, and blocks.
     expansion_ratio: width of the MLP over d_model.
+    max_seq_len: where learned positions end; with ALiBi no limit.
+    vocab_size: rows of the embeddings; token ids are below it.
+    resid_pdrop, emb_pdrop: dropout of what attention and MLP add to the residual stream, and of the embeddings.
+    layer_norm_epsilon: of every norm.
     learned_pos_emb: embeddings of positions up to max_seq_len; without ALiBi only, which has no such limit.
+    attn_config: a mapping, or an MptAttentionConfig, which see.
     embedding_fraction: f in (0, 1] scales the gradient of the embeddings.
     logit_scale: None, a number, or 'inv_sqrt_d_model'.
     no_bias: no bias anywhere, norms included; lm_head and RMSNorm never have one.
     norm_type: layernorm, rmsnorm, or one of them after low_precision_, in any case.
     init_device: cpu, cuda (or cuda:0, ...), meta, or mixed (node-local rank 0 on cpu, the others meta).
     init_config: how weights start; without it normal(0, initializer_range).
+    use_cache, return_dict, output_hidden_states, output_attentions: what forward does unless its arguments say it.
+    tie_word_embeddings: lm_head's weight is the embeddings'.
+    pad_token_id, bos_token_id, eos_token_id: special tokens; None where there is none. There may be several eos.
     id2label: the names of a classifier's labels, {0: "LABEL_0", 1: "LABEL_1"} unless given. `num_labels` is their
         number and `label2id` the inverse; either may be given, and set, in place of id2label.
     problem_type: of a sequence classifier: regression, single_label_classification, multi_label_classification, or

@@ -23,7 +23,7 @@ from mpt.outputs import (
 
 
 class MptForCausalLM(MptPreTrainedModel):
-    """MptModel with logits over the vocabulary, a loss, and `generate`.
+    """MptModel with logits (B, S, V) over the vocabulary, a loss, and `generate`.
 
     With tie_word_embeddings the head's weight is wte, and `lm_head` is None: there is no second name for it. Loading a
     state dict that has a redundant `lm_head.weight` drops it; one that differs from wte is an error.
@@ -65,7 +65,7 @@ class MptForCausalLM(MptPreTrainedModel):
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
-        """Loss and logits; the arguments of MptModel.forward, and:
+        """Loss, and logits (B, S, V) of input_ids (B, S); the arguments of MptModel.forward, and:
 
         labels: (B, S) int, shifted here: position i is trained on labels[:, i + 1], and -100 does not count. The loss
             is the mean over the labels that count (0 where none does); it never forms the logits.
@@ -73,6 +73,8 @@ class MptForCausalLM(MptPreTrainedModel):
         logits_to_keep: n > 0 gives logits for the last n positions, a 1-D tensor for those positions, 0 for all.
         return_logits: None means yes, unless the model trains with labels; then logits is None, with no place in the
             tuple.
+
+        ValueError names the argument that does not fit; IndexError a label outside the vocabulary.
         """
         refuse_unknown(MptForCausalLM.forward, kwargs)
         outputs = self.transformer(
@@ -198,7 +200,7 @@ class MptForSequenceClassification(_Classifier):
         prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
-        """Loss and logits (B, num_labels); the arguments of MptModel.forward, and:
+        """Loss, and logits (B, num_labels) of input_ids (B, S); the arguments of MptModel.forward, and:
 
         labels: config.problem_type says what they are; where it is None, num_labels 1 means regression, whole numbers
             single label, others multi label. Regression: (B, num_labels), or (B,) for num_labels 1; the loss is the
@@ -276,7 +278,7 @@ class MptForTokenClassification(_Classifier):
         prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
-        """Loss and logits (B, S, num_labels); the arguments of MptModel.forward, and:
+        """Loss, and logits (B, S, num_labels) of input_ids (B, S); the arguments of MptModel.forward, and:
 
         labels: (B, S) int, 0 to num_labels - 1, cross-entropy; for num_labels 1 numbers, mean square error. -100 does
             not count in either, and is what padding should have.
@@ -334,7 +336,7 @@ class MptForQuestionAnswering(_Classifier):
         prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
-        """Loss, start_logits and end_logits (B, S); the arguments of MptModel.forward but the cache's, and:
+        """Loss, and start_logits and end_logits (B, S) of input_ids (B, S); the arguments of MptModel.forward but the cache's, and:
 
         start_positions, end_positions: (B,) or (B, 1) int, the answer's first and last token, clamped to 0..S; S, past
             the sequence, does not count. The loss is the mean of the two cross-entropies over all S positions.

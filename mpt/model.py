@@ -207,6 +207,11 @@ class MptPreTrainedModel(nn.Module):
             self.to_empty(device=device)
             init_weights(self, int(torch.randint(2**62, (), device="cpu")))
 
+    @classmethod
+    def _architecture(cls) -> str:
+        """The name of the class of this package that it is, or is made from, as fully_shard makes them."""
+        return next(c.__name__ for c in cls.__mro__ if c.__module__.startswith("mpt."))
+
     @property
     def base_model(self) -> "MptModel":
         """The MptModel inside; of an MptModel, itself."""
@@ -341,7 +346,7 @@ class MptPreTrainedModel(nn.Module):
             folder,
             max_shard_size=max_shard_size,
             dtype=dtype,
-            architecture=type(self).__name__,
+            architecture=self._architecture(),
         )
 
     @classmethod

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 import mpt
 from mpt import (
@@ -20,6 +22,7 @@ from mpt import (
     MptForTokenClassification,
     MptModel,
 )
+from mpt.checkpoint import load_hf
 
 CLASSES = [MptModel, MptForSequenceClassification, MptForTokenClassification, MptForQuestionAnswering]
 CLASSIFIERS = CLASSES[1:]
@@ -328,6 +331,31 @@ def test_heads_of_other_classes(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing     classifier\.bias"):
         MptForTokenClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+@pytest.mark.parametrize("cls", CLASSIFIERS)
+def test_sharded_classifiers(tmp_path: Path, cls: type) -> None:
+    """A base checkpoint onto a sharded classifier, a step's gradients, and back to a folder of its class."""
+    MptForCausalLM(MptConfig(**SHAPE)).save_pretrained(tmp_path / "base")
+    ids = inputs()[0]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = cls(MptConfig(**SHAPE, num_labels=3))
+        for block in model.transformer.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        with pytest.warns(UserWarning, match="initialised at random"):
+            load_hf(model, tmp_path / "base")
+        out = model.eval()(ids)
+        sum(value.square().mean() for value in out.values()).backward()
+        assert all(p.grad is not None and p.grad.full_tensor().any() for p in model.parameters())
+        model.save_pretrained(tmp_path / "again")
+    finally:
+        dist.destroy_process_group()
+    back = cls.from_pretrained(tmp_path / "again")
+    assert relative(back(ids)[0], out[0]) <= 1e-5
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == [cls.__name__]
 
 
 def test_from_pretrained_takes_fields_and_configurations(tmp_path: Path) -> None:

@@ -700,6 +700,8 @@ def _typed(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
             }
         if kind is float and number:
             return float(value)
+        if kind is int and number and float(value).is_integer():
+            return int(value)
         if not item and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
     wanted = " or ".join("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)

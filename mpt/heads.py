@@ -336,7 +336,8 @@ class MptForQuestionAnswering(_Classifier):
         prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
-        """Loss, and start_logits and end_logits (B, S) of input_ids (B, S); the arguments of MptModel.forward but the cache's, and:
+        """Loss, and start_logits and end_logits (B, S) of input_ids (B, S); MptModel.forward's arguments but the
+        cache's, and:
 
         start_positions, end_positions: (B,) or (B, 1) int, the answer's first and last token, clamped to 0..S; S, past
             the sequence, does not count. The loss is the mean of the two cross-entropies over all S positions.

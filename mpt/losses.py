@@ -21,7 +21,7 @@ def sequence_loss(logits: Tensor, labels: Tensor, config: MptConfig) -> Tensor:
         cross-entropy, -100 does not count; of multi label (B, num_labels), 0 to 1, binary cross-entropy.
     """
     _check_tensor(labels)
-    kind, number = config.problem_type, config.num_labels
+    kind, number = config.problem_type, logits.shape[-1]
     if kind is None:
         classes = "single_label_classification" if _whole(labels) else "multi_label_classification"
         kind = "regression" if number == 1 else classes
@@ -44,7 +44,7 @@ def token_loss(logits: Tensor, labels: Tensor, config: MptConfig) -> Tensor:
     count in either.
     """
     _check_tensor(labels)
-    number = config.num_labels
+    number = logits.shape[-1]
     reason = f"token classification with num_labels {number}"
     if config.problem_type not in (None, "regression" if number == 1 else "single_label_classification"):
         raise ValueError(

@@ -202,6 +202,7 @@ def test_attn_config_accepts(extra: dict) -> None:
         {"init_config": {"name": "xavier_normal_", "init_gain": 1, "init_div_is_residual": "2.5"}},
         {"init_config": {"emb_init_uniform_lim": [-1, 2]}},
         {"eos_token_id": [1, 2], "pad_token_id": 0},
+        {"eos_token_id": [1.0, 2], "pad_token_id": 3.0},
     ],
 )
 def test_config_accepts(extra: dict) -> None:

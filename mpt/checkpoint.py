@@ -71,9 +71,8 @@ def save_hf(
             _check_replaceable(path)
         _remove(temporary)
         temporary.mkdir(parents=True)
-        config.save_pretrained(
-            temporary, architecture=architecture
-        )  # first, so that what a killed process leaves is known for an export
+        # First, so that what a killed process leaves is known for an export.
+        config.save_pretrained(temporary, architecture=architecture)
     expected = parameter_shapes(config, architecture)
     shard: dict[str, Tensor] = {}
     files: list[list[str]] = []

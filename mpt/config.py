@@ -33,6 +33,7 @@ ALIASES = {
     "num_hidden_layers": "n_layers",
     "norm_eps": "layer_norm_epsilon",
 }
+MOST_LABELS = 2**20  # every one gets a name: a number from a foreign file must not fill the memory
 LABEL_KEYS = frozenset({"num_labels", "id2label", "label2id"})  # three names of one thing
 
 # Bookkeeping that transformers and llm-foundry write into any configuration: kept and written back; none of it changes
@@ -487,16 +488,15 @@ class MptConfig:
             init_config, those that are given.
         """
         values = _mapping("the configuration", values)
-        if LABEL_KEYS & overrides.keys():
-            values = {key: value for key, value in values.items() if key not in LABEL_KEYS}
-        for key, value in overrides.items():
-            name = ALIASES.get(key, key)
-            for old in (name, *(alias for alias, meant in ALIASES.items() if meant == name and alias != key)):
-                part = values.pop(old, None)
-                if isinstance(value, Mapping) and isinstance(part, Mapping) and name in ("attn_config", "init_config"):
-                    value = {**part, **value}
-            values[key] = value
-        return cls(**values)
+        for part in ("attn_config", "init_config"):
+            if isinstance(old := values.get(part), Mapping) and isinstance(new := overrides.get(part), Mapping):
+                overrides[part] = {**old, **new}
+        replaced = {ALIASES.get(key, key) for key in overrides}
+        if LABEL_KEYS & replaced:
+            replaced |= LABEL_KEYS
+        return cls(
+            **{key: value for key, value in values.items() if ALIASES.get(key, key) not in replaced}, **overrides
+        )
 
     def to_dict(self, *, extra: bool = True) -> dict[str, Any]:
         """Plain values under their own names, as transformers parses them; `from_dict` gives an equal configuration.
@@ -652,8 +652,8 @@ def _label_names(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with id2label filled in, from whichever of num_labels, label2id and itself are there."""
     values = dict(values)
     number, ids, names = (values.pop(key, None) for key in ("num_labels", "label2id", "id2label"))
-    if number is not None and not (type(number) is int and 0 < number < LIMIT):
-        raise ValueError(f"num_labels is {number!r}; it must be a positive whole number")
+    if number is not None and not (type(number) is int and 0 < number < MOST_LABELS):
+        raise ValueError(f"num_labels is {number!r}; it must be a whole number, positive and below 2**20")
     names = {int(i) if str(i).isdigit() else i: name for i, name in _mapping("id2label", names).items()}
     ids = _mapping("label2id", ids)
     if ids == {f"LABEL_{i}": i for i in range(len(ids))} and names:

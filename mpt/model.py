@@ -584,7 +584,7 @@ def _config_fields(overrides: dict[str, Any]) -> dict[str, Any]:
 def refuse_unknown(method: Callable[..., Any], given: dict[str, Any]) -> None:
     """TypeError for keyword arguments that a forward does not have, with the nearest that it has."""
     for name in given:
-        known = [n for n, p in inspect.signature(method).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        known = [n for n in inspect.signature(method).parameters if n not in ("self", "kwargs")]
         close = difflib.get_close_matches(name, known, n=1)
         advice = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
         raise TypeError(f"{method.__qualname__}() has no argument {name!r}; {advice}")

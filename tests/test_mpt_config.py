@@ -151,6 +151,8 @@ def test_overrides() -> None:
     assert (config.attn_config.clip_qkv, config.attn_config.alibi_bias_max) == (6, 8)
     assert MptConfig.from_dict(values | {"hidden_size": 32}, d_model=64).d_model == 64
     assert MptConfig.from_dict(values, attn_config=MptAttentionConfig()).attn_config == MptAttentionConfig()
+    with pytest.raises(ValueError, match="hidden_size is 32 and d_model is 64"):
+        MptConfig.from_dict(values, d_model=64, hidden_size=32)
     assert values["attn_config"] == {"clip_qkv": 6, "alibi_bias_max": 16}
 
 
@@ -255,7 +257,8 @@ REFUSED = [
     ({"attn_config": {"sliding_window_size": 256}}, "attn_config.sliding_window_size is 256"),
     ({"attn_config": "alibi"}, "attn_config is 'alibi'"),
     ({"num_label": 3}, "unknown key num_label .*did you mean 'num_labels'"),
-    ({"num_labels": 0}, "num_labels is 0; it must be a positive"),
+    ({"num_labels": 0}, "num_labels is 0; it must be a whole number, positive"),
+    ({"num_labels": 2**31 - 1}, r"num_labels is 2147483647; .* below 2\*\*20"),
     ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3 and id2label names 1 labels"),
     ({"id2label": {0: "a", 1: "b"}, "label2id": {"b": 0}}, "label2id says 'b' is 0 and id2label says 0 is 'a'"),
     ({"id2label": {1: "a", 2: "b"}}, r"id2label names the labels \[1, 2\]; they must be 0, 1, ... without gaps"),

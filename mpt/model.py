@@ -311,26 +311,48 @@ class MptPreTrainedModel(nn.Module):
             layer.weight[:first] = rows
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         """Whether the blocks recompute in the backward what they do not keep."""
         return any(block.activation_checkpointing != "none" for block in self.base_model.blocks)  # type: ignore[misc]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """In train mode blocks keep their inputs only and recompute the rest in the backward.
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """In train mode every block keeps its input only and recomputes the rest in the backward.
 
-        gradient_checkpointing_kwargs: {"use_reentrant": False} is what there is. MptModel.set_activation_checkpointing
-        has a cheaper mode, "selective".
+        The arguments are transformers', of which only the defaults and {"use_reentrant": False} are supported;
+        MptModel.set_activation_checkpointing has a cheaper mode, "selective".
         """
-        for key, value in (gradient_checkpointing_kwargs or {}).items():
-            if key != "use_reentrant" or value:
+        given = (activation_checkpointing_kwargs or {}) | {"every_n_layers": every_n_layers, "offload": offload}
+        for key, value in given.items():
+            if value != {"use_reentrant": False, "every_n_layers": 1, "offload": False}.get(key):
                 raise ValueError(
-                    f"gradient_checkpointing_kwargs has {key}={value!r}; only use_reentrant=False is supported"
+                    f"activation checkpointing is asked for {key}={value!r}; supported are use_reentrant=False, "
+                    "every_n_layers=1 and offload=False"
                 )
         self.base_model.set_activation_checkpointing("full")
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Blocks keep all that the backward needs."""
         self.base_model.set_activation_checkpointing("none")
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of activation_checkpointing_enable."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of activation_checkpointing_disable."""
+        self.activation_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The older name of is_activation_checkpointing."""
+        return self.is_activation_checkpointing
 
     def save_pretrained(
         self, folder: str | Path, *, max_shard_size: int | str = "5GB", dtype: torch.dtype | None = None

@@ -170,17 +170,24 @@ def test_activation_checkpointing_gives_the_same_gradients(mode: str) -> None:
     assert len(runs) == 3 * once
 
 
-def test_gradient_checkpointing_by_its_usual_name() -> None:
+@pytest.mark.parametrize("name", ["activation", "gradient"])
+def test_activation_checkpointing_by_its_usual_names(name: str) -> None:
     for model in (MptForCausalLM(MptConfig(**SHAPE)), MptModel(MptConfig(**SHAPE))):
-        blocks = model.base_model.blocks
-        assert not model.is_gradient_checkpointing and model.supports_gradient_checkpointing
-        for given in ({}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}):
-            model.gradient_checkpointing_enable(**given)
-            assert model.is_gradient_checkpointing and {b.activation_checkpointing for b in blocks} == {"full"}
-            model.gradient_checkpointing_disable()
-            assert not model.is_gradient_checkpointing
-        with pytest.raises(ValueError, match="has use_reentrant=True; only use_reentrant=False"):
-            model.gradient_checkpointing_enable({"use_reentrant": True})
+        enable, disable = (getattr(model, f"{name}_checkpointing_{verb}") for verb in ("enable", "disable"))
+        for given in ({}, {f"{name}_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": 1}):
+            assert not getattr(model, f"is_{name}_checkpointing")
+            enable(**given)
+            assert getattr(model, f"is_{name}_checkpointing")
+            assert {block.activation_checkpointing for block in model.base_model.blocks} == {"full"}
+            disable()
+        for wrong in (
+            ({"use_reentrant": True},),
+            ({"debug": True},),
+            (None, {"every_n_layers": 2}),
+            (None, {"offload": True}),
+        ):
+            with pytest.raises(ValueError, match=r"is asked for \w+=\w+; supported are use_reentrant=False"):
+                enable(wrong[0], **dict(*wrong[1:]))
 
 
 def test_size_and_place() -> None:

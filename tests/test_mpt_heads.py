@@ -1,4 +1,4 @@
-"""The classifiers: parity with transformers, losses, outputs, checkpoints across classes, and what they refuse."""
+"""Every class against transformers'; the classifiers' losses, outputs, checkpoints across classes, and refusals."""
 
 import copy
 import json
@@ -24,8 +24,8 @@ from mpt import (
 )
 from mpt.checkpoint import load_hf
 
-CLASSES = [MptModel, MptForSequenceClassification, MptForTokenClassification, MptForQuestionAnswering]
-CLASSIFIERS = CLASSES[1:]
+CLASSIFIERS = [MptForSequenceClassification, MptForTokenClassification, MptForQuestionAnswering]
+CLASSES = [MptModel, MptForCausalLM, *CLASSIFIERS]
 SHAPE = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 97, "max_seq_len": 40, "pad_token_id": 0}
 B, S = 3, 19
 
@@ -114,36 +114,36 @@ def test_equals_transformers(cls: type, padding: str, given: str) -> None:
 
 
 LOSSES = {  # class, configuration, labels
-    "regression": (MptForSequenceClassification, {"num_labels": 1}, {"labels": torch.randn(B)}),
-    "regression, a column": (MptForSequenceClassification, {"num_labels": 1}, {"labels": torch.randn(B, 1)}),
+    "regression": (MptForSequenceClassification, {"num_labels": 1}, lambda: {"labels": torch.randn(B)}),
+    "regression, a column": (MptForSequenceClassification, {"num_labels": 1}, lambda: {"labels": torch.randn(B, 1)}),
     "regression of 3": (
         MptForSequenceClassification,
         {"num_labels": 3, "problem_type": "regression"},
-        {"labels": torch.randn(B, 3)},
+        lambda: {"labels": torch.randn(B, 3)},
     ),
-    "single label": (MptForSequenceClassification, {"num_labels": 5}, {"labels": torch.tensor([4, 0, 2])}),
-    "single label, two classes": (MptForSequenceClassification, {}, {"labels": torch.tensor([1, 0, 1])}),
-    "single label, one ignored": (MptForSequenceClassification, {}, {"labels": torch.tensor([1, -100, 0])}),
-    "multi label": (MptForSequenceClassification, {"num_labels": 5}, {"labels": torch.rand(B, 5).round()}),
+    "single label": (MptForSequenceClassification, {"num_labels": 5}, lambda: {"labels": torch.tensor([4, 0, 2])}),
+    "single label, two classes": (MptForSequenceClassification, {}, lambda: {"labels": torch.tensor([1, 0, 1])}),
+    "single label, one ignored": (MptForSequenceClassification, {}, lambda: {"labels": torch.tensor([1, -100, 0])}),
+    "multi label": (MptForSequenceClassification, {"num_labels": 5}, lambda: {"labels": torch.rand(B, 5).round()}),
     "multi label by name": (
         MptForSequenceClassification,
         {"num_labels": 2, "problem_type": "multi_label_classification"},
-        {"labels": torch.rand(B, 2)},
+        lambda: {"labels": torch.rand(B, 2)},
     ),
     "tokens": (
         MptForTokenClassification,
         {"num_labels": 5},
-        {"labels": torch.randint(0, 5, (B, S)).masked_fill(torch.rand(B, S) < 0.3, -100)},
+        lambda: {"labels": torch.randint(0, 5, (B, S)).masked_fill(torch.rand(B, S) < 0.3, -100)},
     ),
     "spans": (
         MptForQuestionAnswering,
         {},
-        {"start_positions": torch.tensor([0, 5, S]), "end_positions": torch.tensor([S - 1, 7, 90])},
+        lambda: {"start_positions": torch.tensor([0, 5, S]), "end_positions": torch.tensor([S - 1, 7, 90])},
     ),
     "spans, columns": (
         MptForQuestionAnswering,
         {},
-        {"start_positions": torch.tensor([[1], [-3], [2]]), "end_positions": torch.tensor([[4], [3], [2]])},
+        lambda: {"start_positions": torch.tensor([[1], [-3], [2]]), "end_positions": torch.tensor([[4], [3], [2]])},
     ),
 }
 
@@ -151,7 +151,8 @@ LOSSES = {  # class, configuration, labels
 @pytest.mark.parametrize("padding", ["none", "right"])
 @pytest.mark.parametrize("case", LOSSES)
 def test_losses_equal_transformers(case: str, padding: str) -> None:
-    cls, extra, labels = LOSSES[case]
+    cls, extra, draw = LOSSES[case]
+    labels = draw()
     ours, theirs = pair(cls, **extra)
     ids, mask = inputs(padding)
     a = ours(ids, attention_mask=mask, **labels)
@@ -192,8 +193,8 @@ def test_nothing_counts(cls: type, extra: dict, labels: dict) -> None:
 
 
 def test_bf16_losses_are_fp32() -> None:
-    for cls, extra, labels in LOSSES.values():
-        loss = cls(MptConfig(**SHAPE, **extra)).bfloat16()(inputs()[0], **labels).loss
+    for cls, extra, draw in LOSSES.values():
+        loss = cls(MptConfig(**SHAPE, **extra)).bfloat16()(inputs()[0], **draw()).loss
         loss.backward()
         assert loss.dtype == torch.float32
 
@@ -417,7 +418,7 @@ def test_refuses(cls: type, extra: dict, kwargs: dict, message: str) -> None:
         cls(MptConfig(**SHAPE, **extra))(**({"input_ids": IDS} | kwargs))
 
 
-@pytest.mark.parametrize("cls", [*CLASSES, MptForCausalLM])
+@pytest.mark.parametrize("cls", CLASSES)
 def test_unknown_arguments(cls: type) -> None:
     with pytest.raises(
         TypeError, match=rf"{cls.__name__}\.forward\(\) has no argument 'attention_masks'; did you mean"

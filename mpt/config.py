@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from mpt import hub, mosaic_gpt
+
 LIMIT = 2**31  # of every size: beyond it kernels could not count in 32 bits
 ATTN_TYPES = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
 NORM_TYPES = ("low_precision_layernorm", "layernorm", "low_precision_rmsnorm", "rmsnorm")
@@ -214,7 +216,7 @@ class MptConfig:
     value and what it may be. `hidden_size`, `num_attention_heads`, `num_hidden_layers` and `norm_eps` are accepted,
     readable and settable aliases. Keys that libraries write into every configuration are skipped; any other unknown key
     is an error. With llm-foundry's `name: mpt_causal_lm`, keys left out take llm-foundry's defaults: no ALiBi, biases,
-    and `init_config` (kaiming_normal_).
+    and `init_config` (kaiming_normal_). With `model_type: mosaic_gpt` the keys are those of MPT's predecessor.
 
     expansion_ratio: width of the MLP over d_model.
     learned_pos_emb: embeddings of positions up to max_seq_len; without ALiBi only, which has no such limit.
@@ -254,7 +256,9 @@ class MptConfig:
     output_attentions: bool = False
 
     def __init__(self, **values: Any) -> None:
-        values = _foundry_defaults(values)
+        if values.get("model_type") == mosaic_gpt.MODEL_TYPE:
+            values = mosaic_gpt.config(values)
+        values = foundry_defaults(values)
         for alias, name in ALIASES.items():
             if alias in values:
                 value = values.pop(alias)
@@ -265,16 +269,16 @@ class MptConfig:
                 values[name] = value
         model_type = values.pop("model_type", "mpt")
         if model_type != "mpt":
-            raise ValueError(f"model_type is {model_type!r}; only 'mpt' configurations can be read")
+            raise ValueError(f"model_type is {model_type!r}; only those of 'mpt' and 'mosaic_gpt' can be read")
         attention_bias = values.pop("attention_bias", None)
         _check_inert(values.pop("ffn_config", None) or {}, FFN_INERT, "ffn_config.", partial=False)
         attn, init = values.pop("attn_config", None), values.pop("init_config", None)
         _fill(self, values, BOOKKEEPING, INERT, "")
         self.attn_config = (
-            attn if isinstance(attn, MptAttentionConfig) else MptAttentionConfig(**_mapping("attn_config", attn))
+            attn if isinstance(attn, MptAttentionConfig) else MptAttentionConfig(**mapping("attn_config", attn))
         )
         self.init_config = (
-            init if init is None or isinstance(init, MptInitConfig) else MptInitConfig(**_mapping("init_config", init))
+            init if init is None or isinstance(init, MptInitConfig) else MptInitConfig(**mapping("init_config", init))
         )
         if attention_bias is not None and attention_bias == self.no_bias:
             raise ValueError(f"attention_bias is {attention_bias} and no_bias is {self.no_bias}; set no_bias only")
@@ -400,7 +404,7 @@ class MptConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MptConfig":
         """From a Hugging Face config.json or an llm-foundry model section; `values` is left as it is."""
-        return cls(**_mapping("the configuration", values))
+        return cls(**mapping("the configuration", values))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under their own names, as transformers parses them; `from_dict` gives an equal configuration."""
@@ -414,9 +418,12 @@ class MptConfig:
         return out
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "MptConfig":
-        """From the config.json in a folder. ValueError where there is none or it is no JSON object."""
-        path = Path(folder) / "config.json"
+    def from_pretrained(cls, path_or_name: str | Path, *, revision: str | None = None) -> "MptConfig":
+        """From the config.json in a folder, or of a model on the hub (revision: a branch, tag or commit of it).
+
+        ValueError where there is none or it is no JSON object.
+        """
+        path = hub.local_path(path_or_name, revision=revision, weights=False) / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -490,7 +497,7 @@ def _fill(
 
 def _check_inert(values: Any, inert: dict[str, tuple[Any, ...]], where: str, *, partial: bool) -> None:
     """ValueError where a key of `inert` has a value this model cannot honour, or (not partial) another key is there."""
-    for key, value in _mapping(where.rstrip("."), values).items():
+    for key, value in mapping(where.rstrip("."), values).items():
         if key in inert and value not in inert[key]:
             allowed = " or ".join(repr(v) for v in inert[key])
             raise ValueError(f"{where}{key} is {value!r}; this model supports only {allowed}")
@@ -498,7 +505,7 @@ def _check_inert(values: Any, inert: dict[str, tuple[Any, ...]], where: str, *, 
             raise ValueError(f"unknown key {where}{key} (= {value!r}){_nearest(key, list(inert))}")
 
 
-def _foundry_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+def foundry_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `values`; where it is an llm-foundry model section (it has `name`), with llm-foundry's defaults for
     what it lacks.
     """
@@ -509,13 +516,14 @@ def _foundry_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"name is {name!r}; the one model there is is 'mpt_causal_lm'")
     attn = values.get("attn_config")
     if not isinstance(attn, MptAttentionConfig):
-        values["attn_config"] = {"alibi": False} | _mapping("attn_config", attn)
+        values["attn_config"] = {"alibi": False} | mapping("attn_config", attn)
     if values.get("init_config") is None:
         values["init_config"] = {}
     return {"no_bias": False} | values
 
 
-def _mapping(name: str, values: Any) -> dict[str, Any]:
+def mapping(name: str, values: Any) -> dict[str, Any]:
+    """A copy of a part of a configuration that may be left out. ValueError where it is no mapping."""
     if values is None:
         return {}
     if not isinstance(values, Mapping):

@@ -209,16 +209,29 @@ class MptPreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls,
+        path_or_name: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
     ) -> Self:
-        """A model in eval mode from a Hugging Face folder; `init_device` plays no part.
+        """A model in eval mode from a checkpoint of any form; `init_device` plays no part.
 
-        dtype: of the parameters; None takes the checkpoint's. Errors as mpt.checkpoint.load_hf.
+        path_or_name: a Hugging Face folder, a Composer .pt, a training run's folder or a checkpoint in it; or a name on
+            the Hugging Face hub, of which `revision` (a branch, tag or commit) is taken.
+        dtype: of the parameters; None takes the checkpoint's.
+        device: where the parameters are made, and to which each is read.
+
+        The host holds one tensor at a time besides what is on `device`. ValueError says what is not there, damaged or
+        refused, or holds a table of the weights that do not fit; see mpt.checkpoint.open_checkpoint.
         """
+        source = checkpoint.open_checkpoint(path_or_name, revision=revision, check_hashes=True)
         with torch.device("meta"):
-            model = cls(MptConfig.from_pretrained(folder))
-        model = model.to(dtype or checkpoint.dtype_of(folder)).to_empty(device=device)
-        checkpoint.load_hf(model, folder)
+            model = cls(source.config())
+        checkpoint.match(model, source)  # before memory is taken for what does not fit
+        model = model.to(dtype or source.dtype).to_empty(device=device)
+        checkpoint.load_weights(model, source)
         return model.eval()
 
 

@@ -12,7 +12,7 @@ from transformers import MptConfig as TheirConfig
 from transformers import MptForCausalLM as TheirModel
 
 from mpt import MptConfig, MptForCausalLM, MptModel
-from mpt.checkpoint import load_hf, save_hf, unsupported_by_transformers
+from mpt.checkpoint import load_weights, save_hf, unsupported_by_transformers
 
 SHAPE = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 97, "max_seq_len": 32}
 IDS = torch.arange(34).view(2, 17)
@@ -73,7 +73,7 @@ def test_bin_folders(tmp_path: Path) -> None:
     assert same(MptForCausalLM.from_pretrained(tmp_path), ours)
     torch.save(state | {"lm_head.weight": state["transformer.wte.weight"] + 1}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from wte\.weight"):
-        load_hf(model(), tmp_path)
+        load_weights(model(), tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
     names = sorted(state)
     files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
@@ -89,8 +89,8 @@ def test_bin_runs_no_code(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "pwned"),)
 
     torch.save({"transformer.wte.weight": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be read as a plain dictionary of tensors"):
-        load_hf(model(), tmp_path)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is refused: it asks for posix\.mkdir"):
+        load_weights(model(), tmp_path)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -179,26 +179,26 @@ def test_table_of_what_does_not_fit(tmp_path: Path) -> None:
     larger = model(vocab_size=128, n_layers=3, attn_config={"attn_type": "multiquery_attention"})
     before = [p.clone() for p in larger.parameters()]
     with pytest.raises(ValueError) as error:
-        load_hf(larger, tmp_path / "a")
+        load_weights(larger, tmp_path / "a")
     lines = str(error.value).splitlines()
     assert lines[0].endswith("does not fit the model, 9 weights differ:")
     assert "  missing     transformer.blocks.2.norm_1.weight (64,)" in lines
     assert "  shape       transformer.wte.weight expected (128, 64), found (97, 64)" in lines
     assert all(torch.equal(a, b) for a, b in zip(before, larger.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"unexpected  transformer\.blocks\.1\.attn\.Wqkv\.weight"):
-        load_hf(model(n_layers=1), tmp_path / "a")
+        load_weights(model(n_layers=1), tmp_path / "a")
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     tensors["transformer.norm_f.weight"] = tensors["transformer.norm_f.weight"].to(torch.int8)
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     with pytest.raises(ValueError, match=r"dtype       transformer\.norm_f\.weight is stored as no kind of float"):
-        load_hf(model(), tmp_path / "a")
+        load_weights(model(), tmp_path / "a")
 
 
 def test_load_warns_of_another_behaviour(tmp_path: Path) -> None:
     """Weights fit, but clip_qkv or ALiBi would be lost."""
     model(attn_config={"clip_qkv": 6}).save_pretrained(tmp_path / "a")
     with pytest.warns(UserWarning, match=r"attn_config\.clip_qkv 6\.0 there, None here"):
-        load_hf(model(), tmp_path / "a")
+        load_weights(model(), tmp_path / "a")
 
 
 def _index(folder: Path, change) -> None:
@@ -318,16 +318,16 @@ HOSTILE = {
     "half a surrogate pair": (lambda f: _move(f, "\ud800"), "which does not exist"),
     "weights are a folder": (lambda f: _folder(f, "model.safetensors"), "model.safetensors cannot be read"),
     "index is a folder": (lambda f: _folder(f, "model.safetensors.index.json"), "index.json cannot be read"),
-    "meta tensors": (lambda f: _bin(f, lambda s: s | {min(s): s[min(s)].to("meta")}), "is not a plain dictionary"),
+    "meta tensors": (lambda f: _bin(f, lambda s: s | {min(s): s[min(s)].to("meta")}), "it asks for torch._utils._rebuild_meta_tensor"),
     "sparse tensors": (
         lambda f: _bin(f, lambda s: s | {min(s): s[min(s)].to_sparse()}),
-        "is not a plain dictionary|cannot be read as a plain",
+        "it asks for torch.*sparse",
     ),
     "names of another type": (lambda f: _bin(f, lambda s: s | {1: s[min(s)]}), "is not a plain dictionary"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged: it holds no JSON"),
     "config of another attention": (
         lambda f: (f / "config.json").write_text('{"attn_config": [1]}'),
-        r"config.json: attn_config is \[1\]; it must be a mapping",
+        r"its configuration: attn_config is \[1\]; it must be a mapping",
     ),
     "deep": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map":' + "[" * 100_000),
@@ -343,7 +343,7 @@ def test_hostile_folders(tmp_path: Path, attack: str) -> None:
     change, message = HOSTILE[attack]
     change(tmp_path / "a")
     with pytest.raises(ValueError, match=message):
-        load_hf(model(), tmp_path / "a")
+        load_weights(model(), tmp_path / "a")
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000, "{", None])
@@ -368,6 +368,6 @@ def test_hub_cache_links_load(tmp_path: Path) -> None:
 
 def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"):
-        load_hf(model(), tmp_path)
-    with pytest.raises(ValueError, match="is not a folder"):
-        load_hf(model(), tmp_path / "mosaicml/mpt-7b")
+        load_weights(model(), tmp_path)
+    with pytest.raises(ValueError, match="mpt-7b does not exist; give a model.s folder"):
+        load_weights(model(), tmp_path / "mosaicml/mpt-7b")

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
 from mpt import MptConfig, MptForCausalLM
-from mpt.checkpoint import load_hf, save_hf
+from mpt.checkpoint import load_weights, save_hf
 from mpt.initialize import init_weights, plain_name
 
 # An odd number of rows, and wte in more than one block of them; wte is tied, so the root group's weight makes logits.
@@ -50,7 +50,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     gradients = {name: p.grad.full_tensor() for name, p in parameters.items()}
     save_hf(model.named_parameters(), model.config, f"{folder}/out", max_shard_size="1MB", write=rank == 0)
     again = sharded()
-    load_hf(again, f"{folder}/in")
+    load_weights(again, f"{folder}/in")
     loaded = {plain_name(name): digest(p.full_tensor()) for name, p in again.named_parameters()}
     if rank == 0:
         torch.save({"loss": loss, "digests": digests, "gradients": gradients, "loaded": loaded}, f"{folder}/results.pt")

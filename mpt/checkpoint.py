@@ -42,7 +42,7 @@ def save_hf(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
     write: bool = True,
-    tokenizer_files: Iterable[str | Path] = (),
+    companions: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write an MptForCausalLM as a folder that `load_weights` and transformers read.
 
@@ -52,7 +52,7 @@ def save_hf(
     max_shard_size: bytes, or such as "5GB" (10^9 bytes) or "500MiB".
     dtype: of the saved weights; None leaves them as they are.
     write: whether this rank writes; True on one of them.
-    tokenizer_files: copied along.
+    companions: what is written beside the weights, such as tokenizer files: name -> contents.
 
     Everything goes into `folder`.tmp, which is renamed at the end; an older export in `folder` is replaced (and is
     `folder`.old for a moment), anything else under these three names refused. ValueError where names or shapes are not
@@ -99,8 +99,8 @@ def save_hf(
     _write_config(temporary, config, saved_dtype)
     for written in temporary.glob("*.safetensors"):  # which the library makes readable by their owner only
         shutil.copymode(temporary / "config.json", written)
-    for file in tokenizer_files:
-        shutil.copy(file, temporary / Path(file).name)
+    for file, content in (companions or {}).items():
+        (temporary / file).write_bytes(content)
     _replace(temporary, folder)
 
 
@@ -200,14 +200,14 @@ class Source:
 
     path: the folder or file. kind: whose form it has. tensors: by the names that an MPT's parameters have here; those
         of a model without head may lack their `transformer.`. values: the configuration as MptConfig takes it, None
-        where there is none. tokenizer_files: name -> contents.
+        where there is none. companions: files that belong to the model, such as its tokenizer's: name -> contents.
     """
 
     path: Path
     kind: Literal["huggingface", "composer", "run"]
     tensors: dict[str, Stored]
     values: dict[str, Any] | None
-    tokenizer_files: dict[str, bytes]
+    companions: dict[str, bytes]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -250,12 +250,12 @@ def open_checkpoint(path_or_name: str | Path, *, revision: str | None = None, ch
     ValueError says what is not there, damaged or refused.
     """
     path = hub.local_path(path_or_name, revision=revision)
-    tokenizer_files: dict[str, bytes] = {}
+    companions: dict[str, bytes] = {}
     values: dict[str, Any] | None = None
     form = form_of(path)
     if form == "composer":
         path = path / LATEST_COMPOSER if path.is_dir() else path
-        tensors, values, tokenizer_files = read_composer(path)
+        tensors, values, companions = read_composer(path)
     elif form == "run":
         path, tensors, values = read_step_folder(path, check_hashes=check_hashes)
     else:
@@ -269,14 +269,16 @@ def open_checkpoint(path_or_name: str | Path, *, revision: str | None = None, ch
     folder = path if path.is_dir() else path.parent
     if not values and (folder / "config.json").exists():
         values = read_json(folder / "config.json")
-    if form == "huggingface":
-        tokenizer_files = {f: (path / f).read_bytes() for f in hub.TOKENIZER_FILES if (path / f).is_file()}
+    if form != "composer":
+        in_run = form == "run" and path.parent.name == "checkpoints"
+        beside = path.parent.parent / "export" if in_run else path
+        companions = {file: (beside / file).read_bytes() for file in hub.COMPANIONS if (beside / file).is_file()}
     if mosaic_gpt.is_mosaic_gpt(tensors):
         renamed = {mosaic_gpt.present_name(name): stored for name, stored in tensors.items()}
         if len(renamed) < len(tensors):
             raise ValueError(f"{path}: two of its tensors have one name, once mosaic_gpt's names are made MPT's")
         tensors = renamed
-    return Source(path, form, tensors, values or None, tokenizer_files)
+    return Source(path, form, tensors, values or None, companions)
 
 
 def form_of(path: Path) -> Literal["huggingface", "composer", "run"]:

@@ -4,7 +4,7 @@ state, and such a file for llm-foundry to start from.
 
 import json
 import mmap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpt.config import MptConfig
-from mpt.tensor_files import Stored, as_stored, is_base_name, load_archive, short
+from mpt.hub import COMPANIONS
+from mpt.tensor_files import Stored, as_stored, load_archive
 
 PREFIX = "model."  # Composer's HuggingFaceModel holds the model under this name
 
@@ -40,7 +41,7 @@ def read_composer(path: Path) -> tuple[dict[str, Stored], dict[str, Any] | None,
     return (
         as_stored(path, weights, "['state']['model']"),
         config if isinstance(config, dict) else None,
-        dict(_tokenizer_files(path, _at(integration, "tokenizer"))),
+        dict(_tokenizer_files(_at(integration, "tokenizer"))),
     )
 
 
@@ -50,19 +51,14 @@ def _at(value: Any, *keys: str) -> Any:
     return value
 
 
-def _tokenizer_files(path: Path, tokenizer: Any) -> Iterable[tuple[str, bytes]]:
+def _tokenizer_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
     for stem, entry in tokenizer.items() if isinstance(tokenizer, dict) else ():
         suffix, content = _at(entry, "file_extension"), _at(entry, "content")
         name = f"{stem}{suffix}"
-        if not is_base_name(name):
-            raise ValueError(f"{path} is refused: it names a tokenizer file {short(repr(name))}")
-        if suffix == ".json" and isinstance(content, dict):
+        if name in COMPANIONS and isinstance(content, dict) and suffix == ".json":
             yield name, json.dumps(content, ensure_ascii=False).encode()
-        elif suffix == ".txt" and isinstance(content, list):
+        elif name in COMPANIONS and isinstance(content, list) and suffix == ".txt":
             yield name, "\n".join(map(str, content)).encode()
-        elif suffix == ".model" and isinstance(content, bytes):
-            yield name, content
-        # Anything else, such as .py, has no place beside a model.
 
 
 def save_composer(
@@ -72,23 +68,27 @@ def save_composer(
     path: Path,
     *,
     dtype: torch.dtype,
-    tokenizer_files: Mapping[str, bytes],
+    companions: Mapping[str, bytes],
 ) -> None:
     """Write weights as a file that llm-foundry's `load_path` takes with `load_weights_only: true`.
 
     named_tensors: every one of `shapes` once, as (name, tensor) or (name, function that gives it); one at a time is in
         memory. Room for all is laid out in the file first, and filled in then.
 
-    The file is written beside `path`, with .tmp behind its name, and renamed at the end. ValueError where a tensor is
-    missing or has another shape.
+    companions: tokenizer files, name -> contents.
+
+    The file is written beside `path`, with .tmp behind its name, and renamed at the end. ValueError where a file of one
+    of these names exists, where a tensor is missing or has another shape.
     """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
+    for file in (path, temporary):
+        if file.exists():
+            raise ValueError(f"{file} exists; remove it, or give another place")
     try:
         with FakeTensorMode():
             weights = {PREFIX + name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(_state(weights, config, tokenizer_files), temporary)
+            torch.save(_state(weights, config, companions), temporary)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             places = torch.load(temporary, mmap=True, weights_only=True)["state"]["model"]
         for name, value in named_tensors:
@@ -104,9 +104,9 @@ def save_composer(
         temporary.unlink(missing_ok=True)
 
 
-def _state(weights: dict[str, Tensor], config: MptConfig, tokenizer_files: Mapping[str, bytes]) -> dict[str, Any]:
+def _state(weights: dict[str, Tensor], config: MptConfig, companions: Mapping[str, bytes]) -> dict[str, Any]:
     tokenizer = {}
-    for name, content in tokenizer_files.items():
+    for name, content in companions.items():
         stem, suffix = Path(name).stem, Path(name).suffix
         if suffix == ".json":
             tokenizer[stem] = {"file_extension": suffix, "content": json.loads(content)}

@@ -21,15 +21,18 @@ from mpt.errors import InputError
 from mpt.tensor_files import is_base_name, read_json
 
 CONFIG = "config.json"
-TOKENIZER_FILES = (
+# What belongs to a model besides its weights and configuration; nothing else is downloaded or copied, and never code.
+COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
 )
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that there is; no other file, and never code
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that there is, whole or in shards
 _NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 
 
@@ -89,7 +92,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     if not weights:
         return Path(hf_hub_download(name, CONFIG, revision=revision)).parent
     indexes = [f"{file}.index.json" for file in WEIGHTS]
-    folder = _snapshot(name, revision, [CONFIG, "generation_config.json", *TOKENIZER_FILES, *indexes])
+    folder = _snapshot(name, revision, [CONFIG, *COMPANIONS, *indexes])
     for file, index in zip(WEIGHTS, indexes, strict=True):
         if (folder / index).is_file():
             shards = sorted({str(shard) for shard in dict(read_json(folder / index).get("weight_map") or {}).values()})

@@ -227,9 +227,12 @@ def load_archive(path: Path, inside: io.BytesIO | None = None, *, training_state
     try:
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecated storages, which a user cannot change
+            if inside is not None:
+                inside.seek(0)
             return torch.load(inside or path, map_location="cpu", mmap=inside is None, weights_only=True)
     except Exception as error:  # the unpickler raises many kinds; each means that the file cannot be trusted
-        reason = short(f"{type(error).__name__}: {error}".splitlines()[0])
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = short(next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0]))
         raise ValueError(f"{path} is damaged or no file of torch.save's ({reason}); copy it again") from None
 
 
@@ -248,25 +251,34 @@ def _asked_for(path: Path, inside: io.BytesIO | None) -> set[str]:
     try:
         with zipfile.ZipFile(inside or path) as archive:
             entries = archive.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
-                raise ValueError(f"{path} is refused: it is compressed, and torch.save compresses nothing")
-            if sum(entry.file_size for entry in entries) > size or any(
-                entry.file_size != entry.compress_size for entry in entries
-            ):
-                raise ValueError(f"{path} is refused: its parts are together larger than the file")
-            if twice := [name for name, n in Counter(entry.filename for entry in entries).items() if n > 1]:
-                raise ValueError(f"{path} is refused: it holds {short(repr(twice[0]))} twice")
-            pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise ValueError(f"{path} is no file of torch.save's: it has {len(pickles)} data.pkl inside")
-            pickled = archive.read(pickles[0])
-    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+            wrong = _what_is_wrong(entries, size)
+            pickled = b"" if wrong else archive.read(next(entry for entry in entries if _is_pickle(entry)))
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError):
         raise ValueError(f"{path} is truncated, or no file of torch.save's ({size} bytes); copy it again") from None
+    if wrong:
+        raise ValueError(f"{path} is refused: {wrong}")
     try:
         names = [str(argument) for op, argument, _ in pickletools.genops(pickled) if op.name == "GLOBAL"]
     except ValueError as error:
         raise ValueError(f"{path} is damaged: its pickle does not parse ({error}); copy it again") from None
     return {_present_name(*name.split(" ", 1)) for name in names}
+
+
+def _what_is_wrong(entries: list[zipfile.ZipInfo], size: int) -> str | None:
+    """Why an archive of `size` bytes is none of torch.save's, which stores everything once and as it is."""
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+        return "it is compressed, and torch.save compresses nothing"
+    if sum(entry.file_size for entry in entries) > size or any(e.file_size != e.compress_size for e in entries):
+        return "its parts are together larger than the file"
+    if twice := [name for name, n in Counter(entry.filename for entry in entries).items() if n > 1]:
+        return f"it holds {short(repr(twice[0]))} twice"
+    if (pickles := sum(map(_is_pickle, entries))) != 1:
+        return f"torch.save puts one data.pkl into a file, and this holds {pickles}"
+    return None
+
+
+def _is_pickle(entry: zipfile.ZipInfo) -> bool:
+    return entry.filename.count("/") == 1 and entry.filename.endswith("/data.pkl")
 
 
 def _present_name(module: str, name: str = "") -> str:

@@ -395,9 +395,8 @@ def export_hf(
     tensors = iter(whole_parameters(model))
     error: Exception | None = None
     try:
-        mpt.checkpoint.save_hf(
-            tensors, config, folder, dtype=dtype, write=_place()[0] == 0, tokenizer_files=tokenizer_files
-        )
+        companions = {file.name: file.read_bytes() for file in tokenizer_files}
+        mpt.checkpoint.save_hf(tensors, config, folder, dtype=dtype, write=_place()[0] == 0, companions=companions)
     except (OSError, ValueError, SafetensorError) as e:
         error = e
         for _, gather in tensors:  # the ranks that go on wait for this one in each

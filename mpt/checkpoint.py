@@ -8,7 +8,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -250,35 +250,45 @@ def open_checkpoint(path_or_name: str | Path, *, revision: str | None = None, ch
     ValueError says what is not there, damaged or refused.
     """
     path = hub.local_path(path_or_name, revision=revision)
-    companions: dict[str, bytes] = {}
-    values: dict[str, Any] | None = None
+    try:
+        source = _read(path, check_hashes)
+    except OSError as error:
+        raise ValueError(f"{error.filename or path} cannot be read ({error.strerror}); copy it again") from None
+    if not mosaic_gpt.is_mosaic_gpt(source.tensors):
+        return source
+    renamed = {mosaic_gpt.present_name(name): stored for name, stored in source.tensors.items()}
+    if len(renamed) < len(source.tensors):
+        raise ValueError(f"{path}: two of its tensors have one name, once mosaic_gpt's names are made MPT's")
+    return replace(source, tensors=renamed)
+
+
+def _read(path: Path, check_hashes: bool) -> Source:
     form = form_of(path)
     if form == "composer":
         path = path / LATEST_COMPOSER if path.is_dir() else path
         tensors, values, companions = read_composer(path)
-    elif form == "run":
-        path, tensors, values = read_step_folder(path, check_hashes=check_hashes)
-    else:
-        found = read_folder(path)
-        if found is None:
-            raise ValueError(
-                f"{path} holds neither model.safetensors nor pytorch_model.bin, whole or with an index, "
-                f"nor {LATEST_COMPOSER}, nor checkpoints of a training run"
-            )
-        tensors = found
-    folder = path if path.is_dir() else path.parent
-    if not values and (folder / "config.json").exists():
-        values = read_json(folder / "config.json")
-    if form != "composer":
-        in_run = form == "run" and path.parent.name == "checkpoints"
-        beside = path.parent.parent / "export" if in_run else path
-        companions = {file: (beside / file).read_bytes() for file in hub.COMPANIONS if (beside / file).is_file()}
-    if mosaic_gpt.is_mosaic_gpt(tensors):
-        renamed = {mosaic_gpt.present_name(name): stored for name, stored in tensors.items()}
-        if len(renamed) < len(tensors):
-            raise ValueError(f"{path}: two of its tensors have one name, once mosaic_gpt's names are made MPT's")
-        tensors = renamed
-    return Source(path, form, tensors, values or None, companions)
+        return Source(path, form, tensors, values or _config_in(path.parent), companions)
+    if form == "run":
+        path, tensors, saved = read_step_folder(path, check_hashes=check_hashes)
+        in_run = path.parent.name == "checkpoints"
+        return Source(path, form, tensors, saved or None, companions_in(path.parents[1] / "export") if in_run else {})
+    found = read_folder(path)
+    if found is None:
+        raise ValueError(
+            f"{path} holds neither model.safetensors nor pytorch_model.bin, whole or with an index, "
+            f"nor {LATEST_COMPOSER}, nor checkpoints of a training run"
+        )
+    return Source(path, form, found, _config_in(path), companions_in(path))
+
+
+def _config_in(folder: Path) -> dict[str, Any] | None:
+    path = folder / hub.CONFIG
+    return read_json(path) if path.exists() else None
+
+
+def companions_in(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that belong to a model beside its weights and configuration: name -> contents."""
+    return {file: (folder / file).read_bytes() for file in hub.COMPANIONS if (folder / file).is_file()}
 
 
 def form_of(path: Path) -> Literal["huggingface", "composer", "run"]:
@@ -294,7 +304,6 @@ def form_of(path: Path) -> Literal["huggingface", "composer", "run"]:
     return "run" if is_run(path) else "huggingface"
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, source: Source | str | Path) -> None:
     """Copy a checkpoint's weights onto `model`, tensor by tensor, to where each parameter is.
 
@@ -308,6 +317,12 @@ def load_weights(model: nn.Module, source: Source | str | Path) -> None:
         source = open_checkpoint(source, check_hashes=True)
     stored = match(model, source)
     _compare_config(model.config, source)  # type: ignore[arg-type]
+    fill(model, stored)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, stored: Mapping[str, Stored]) -> None:
+    """Copy onto each parameter of `model` what `match` found for it."""
     for name, parameter in _parameters(model).items():
         local, first = local_rows(name, parameter.detach())
         if local.shape[0]:

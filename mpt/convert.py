@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpt.checkpoint import Source, causal_lm_tensors, save_hf
+from mpt.checkpoint import Source, causal_lm_tensors, companions_in, save_hf
 from mpt.composer import save_composer
 from mpt.config import count_parameters, parameter_shapes
 from mpt.heads import MptForCausalLM
-from mpt.hub import COMPANIONS
 
 CHECK_TOKENS = 64
 
@@ -50,8 +49,8 @@ def convert(
 
 
 def _companions(folder: Path) -> dict[str, bytes]:
-    files = {file: (folder / file).read_bytes() for file in COMPANIONS if (folder / file).is_file()}
-    if not files:
+    files = companions_in(folder)
+    if "tokenizer.json" not in files:
         raise ValueError(f"tokenizer {folder} is no folder with a tokenizer.json; give one that is")
     return files
 

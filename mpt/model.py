@@ -229,9 +229,9 @@ class MptPreTrainedModel(nn.Module):
         source = checkpoint.open_checkpoint(path_or_name, revision=revision, check_hashes=True)
         with torch.device("meta"):
             model = cls(source.config())
-        checkpoint.match(model, source)  # before memory is taken for what does not fit
+        stored = checkpoint.match(model, source)  # before memory is taken for what does not fit
         model = model.to(dtype or source.dtype).to_empty(device=device)
-        checkpoint.load_weights(model, source)
+        checkpoint.fill(model, stored)
         return model.eval()
 
 

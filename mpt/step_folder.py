@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from mpt.errors import InputError
 from mpt.initialize import plain_name
-from mpt.manifest import DamagedCheckpoint, check_files, find, read_index, read_manifest
+from mpt.manifest import INDEX, DamagedCheckpoint, check_files, find, read_index, read_manifest
 from mpt.tensor_files import Stored, load_archive
 
 PREFIX = "model."  # beside it: optim., which is of no use to a model
@@ -29,25 +30,30 @@ def read_step_folder(path: Path, *, check_hashes: bool) -> tuple[Path, dict[str,
     manifest = read_manifest(folder)
     check_files(folder, manifest, hashes=check_hashes)
     index = read_index(folder, manifest)
-    tensors: dict[str, Stored] = {}
-    for name, entry in index.state_dict_metadata.items():
-        if name.startswith(PREFIX):
-            assert isinstance(entry, TensorStorageMetadata)  # read_index has seen to it
-            plain = plain_name(name.removeprefix(PREFIX))
-            tensors[plain] = _stored(folder, index, name, entry, {f: e["bytes"] for f, e in manifest.files.items()})
+    sizes = {file: entry["bytes"] for file, entry in manifest.files.items()}
+    try:
+        tensors = {
+            plain_name(name.removeprefix(PREFIX)): _stored(folder, index, name, sizes)
+            for name in index.state_dict_metadata
+            if name.startswith(PREFIX)
+        }
+    except InputError:
+        raise
+    except Exception as error:  # what the allow-list built may be of any form inside
+        raise DamagedCheckpoint(f"{folder / INDEX} is refused: {type(error).__name__}: {error}") from None
     return folder, tensors, manifest.model
 
 
-def _stored(folder: Path, index: Metadata, name: str, entry: TensorStorageMetadata, sizes: dict[str, int]) -> Stored:
-    shape, dtype, parts = tuple(entry.size), entry.properties.dtype, []
+def _stored(folder: Path, index: Metadata, name: str, sizes: dict[str, int]) -> Stored:
+    entry = index.state_dict_metadata[name]
+    assert isinstance(entry, TensorStorageMetadata)  # read_index has seen to it
+    shape, dtype = tuple(entry.size), entry.properties.dtype
+    parts: list[Part] = []
     for chunk in entry.chunks:
         place = index.storage_data.get(MetadataIndex(name, chunk.offsets))
-        columns = tuple(chunk.offsets[1:]) == (0,) * len(shape[1:]) and tuple(chunk.sizes[1:]) == shape[1:]
-        if (
-            place is None
-            or not columns
-            or not 0 <= place.offset <= place.offset + place.length <= sizes[place.relative_path]
-        ):
+        whole_rows = not any(chunk.offsets[1:]) and tuple(chunk.sizes[1:]) == shape[1:]
+        end = 0 if place is None else place.offset + place.length
+        if place is None or not whole_rows or not 0 <= place.offset <= end <= sizes[place.relative_path]:
             raise DamagedCheckpoint(f"{folder}: its index does not say where {name} is, row by row")
         rows = (chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) if shape else (0, 1)
         parts.append((*rows, folder / place.relative_path, place.offset, place.length))

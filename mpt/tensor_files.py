@@ -75,13 +75,10 @@ def read_folder(folder: Path) -> dict[str, Stored] | None:
     """Every tensor of a Hugging Face folder, by name; None where it has no weights. ValueError names a bad file."""
     for single, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
         whole, index = folder / single, folder / f"{single}.index.json"
-        try:
-            if whole.exists():
-                return read(whole)
-            if index.exists():
-                return _read_shards(index, read)
-        except OSError as error:
-            raise ValueError(f"{error.filename or whole} cannot be read ({error.strerror}); copy it again") from None
+        if whole.exists():
+            return read(whole)
+        if index.exists():
+            return _read_shards(index, read)
     return None
 
 

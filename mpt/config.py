@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin
 
+from mpt import hub, mosaic_gpt
+
 LIMIT = 2**31  # of every size: beyond it kernels could not count in 32 bits
 ATTN_TYPES = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
 NORM_TYPES = ("low_precision_layernorm", "layernorm", "low_precision_rmsnorm", "rmsnorm")
@@ -235,7 +237,7 @@ class MptConfig:
     readable and settable aliases. Keys that libraries write into every configuration (`auto_map`, `verbose`, ...) are
     kept, readable as attributes, and written back; any other unknown key is an error. With llm-foundry's
     `name: mpt_causal_lm`, keys left out take llm-foundry's defaults: no ALiBi, biases, and `init_config`
-    (kaiming_normal_).
+    (kaiming_normal_). With `model_type: mosaic_gpt` the keys are those of MPT's predecessor.
 
     d_model: width of the embeddings and hidden states; n_heads must divide it.
     n_heads, n_layers: attention heads of a block, and blocks.
@@ -295,7 +297,9 @@ class MptConfig:
     _extra: ClassVar[dict[str, Any]]
 
     def __init__(self, **values: Any) -> None:
-        values = _label_names(_foundry_defaults(values))
+        if values.get("model_type") == mosaic_gpt.MODEL_TYPE:
+            values = mosaic_gpt.config(values)
+        values = _label_names(foundry_defaults(values))
         for alias, name in ALIASES.items():
             if alias in values:
                 value = values.pop(alias)
@@ -306,19 +310,19 @@ class MptConfig:
                 values[name] = value
         model_type = values.pop("model_type", "mpt")
         if model_type != "mpt":
-            raise ValueError(f"model_type is {model_type!r}; only 'mpt' configurations can be read")
+            raise ValueError(f"model_type is {model_type!r}; only those of 'mpt' and 'mosaic_gpt' can be read")
         attention_bias = values.pop("attention_bias", None)
-        ffn = _mapping("ffn_config", values.pop("ffn_config", None))
+        ffn = mapping("ffn_config", values.pop("ffn_config", None))
         _check_inert(ffn, FFN_INERT, "ffn_config.", partial=False)
         attn, init = values.pop("attn_config", None), values.pop("init_config", None)
         _fill(self, values, BOOKKEEPING, INERT, "")
         if ffn:
             self._extra["ffn_config"] = ffn
         self.attn_config = (
-            attn if isinstance(attn, MptAttentionConfig) else MptAttentionConfig(**_mapping("attn_config", attn))
+            attn if isinstance(attn, MptAttentionConfig) else MptAttentionConfig(**mapping("attn_config", attn))
         )
         self.init_config = (
-            init if init is None or isinstance(init, MptInitConfig) else MptInitConfig(**_mapping("init_config", init))
+            init if init is None or isinstance(init, MptInitConfig) else MptInitConfig(**mapping("init_config", init))
         )
         if attention_bias is not None and attention_bias == self.no_bias:
             raise ValueError(f"attention_bias is {attention_bias} and no_bias is {self.no_bias}; set no_bias only")
@@ -487,7 +491,9 @@ class MptConfig:
         overrides: fields to take instead of what `values` has, under any of their names; of attn_config and
             init_config, those that are given.
         """
-        values = _mapping("the configuration", values)
+        values = mapping("the configuration", values)
+        if values.get("model_type") == mosaic_gpt.MODEL_TYPE:
+            values = mosaic_gpt.config(values)
         for part in ("attn_config", "init_config"):
             if isinstance(old := values.get(part), Mapping) and isinstance(new := overrides.get(part), Mapping):
                 overrides[part] = {**old, **new}
@@ -521,11 +527,12 @@ class MptConfig:
         return out
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> "MptConfig":
-        """From the config.json in a folder; overrides as in from_dict. ValueError where there is none or it is no JSON
-        object.
+    def from_pretrained(cls, path_or_name: str | Path, *, revision: str | None = None, **overrides: Any) -> "MptConfig":
+        """From the config.json in a folder, or of a model on the hub (revision: a branch, tag or commit of it).
+
+        overrides: as in from_dict. ValueError where there is none or it is no JSON object.
         """
-        path = Path(folder) / "config.json"
+        path = hub.local_path(path_or_name, revision=revision, weights=False) / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -623,7 +630,7 @@ def _fill(
 
 def _check_inert(values: Any, inert: dict[str, tuple[Any, ...]], where: str, *, partial: bool) -> None:
     """ValueError where a key of `inert` has a value this model cannot honour, or (not partial) another key is there."""
-    for key, value in _mapping(where.rstrip("."), values).items():
+    for key, value in mapping(where.rstrip("."), values).items():
         if key in inert and value not in inert[key]:
             allowed = " or ".join(repr(v) for v in inert[key])
             raise ValueError(f"{where}{key} is {value!r}; this model supports only {allowed}")
@@ -631,7 +638,7 @@ def _check_inert(values: Any, inert: dict[str, tuple[Any, ...]], where: str, *, 
             raise ValueError(f"unknown key {where}{key} (= {value!r}){_nearest(key, list(inert))}")
 
 
-def _foundry_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+def foundry_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `values`; where it is an llm-foundry model section (it has `name`), with llm-foundry's defaults for
     what it lacks.
     """
@@ -642,7 +649,7 @@ def _foundry_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"name is {name!r}; the one model there is is 'mpt_causal_lm'")
     attn = values.get("attn_config")
     if not isinstance(attn, MptAttentionConfig):
-        values["attn_config"] = {"alibi": False} | _mapping("attn_config", attn)
+        values["attn_config"] = {"alibi": False} | mapping("attn_config", attn)
     if values.get("init_config") is None:
         values["init_config"] = {}
     return {"no_bias": False} | values
@@ -654,8 +661,8 @@ def _label_names(values: dict[str, Any]) -> dict[str, Any]:
     number, ids, names = (values.pop(key, None) for key in ("num_labels", "label2id", "id2label"))
     if number is not None and not (type(number) is int and 0 < number < MOST_LABELS):
         raise ValueError(f"num_labels is {number!r}; it must be a whole number, positive and below 2**20")
-    names = {int(i) if str(i).isdigit() else i: name for i, name in _mapping("id2label", names).items()}
-    ids = _mapping("label2id", ids)
+    names = {int(i) if str(i).isdigit() else i: name for i, name in mapping("id2label", names).items()}
+    ids = mapping("label2id", ids)
     if ids == {f"LABEL_{i}": i for i in range(len(ids))} and names:
         ids = {}  # what transformers leaves there when id2label alone is set
     if not names:
@@ -670,7 +677,8 @@ def _label_names(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"id2label": names}
 
 
-def _mapping(name: str, values: Any) -> dict[str, Any]:
+def mapping(name: str, values: Any) -> dict[str, Any]:
+    """A copy of a part of a configuration that may be left out. ValueError where it is no mapping."""
     if values is None:
         return {}
     if not isinstance(values, Mapping):

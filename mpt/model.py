@@ -374,28 +374,38 @@ class MptPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        path_or_name: str | Path,
         *,
         config: MptConfig | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        revision: str | None = None,
         **overrides: Any,
     ) -> Self:
-        """A model in eval mode from a Hugging Face folder; `init_device` plays no part.
+        """A model in eval mode from a checkpoint of any form; `init_device` plays no part.
 
-        config: in place of the folder's own.
+        path_or_name: a Hugging Face folder, a Composer .pt, a training run's folder or a checkpoint in it; or a name on
+            the Hugging Face hub, of which `revision` (a branch, tag or commit) is taken.
+        config: in place of the checkpoint's own.
         dtype: of the parameters; None takes the checkpoint's.
+        device: where the parameters are made, and to which each is read.
         overrides: fields of the configuration to change, such as num_labels=3 or attn_config={"clip_qkv": 6}.
 
-        A classifier's head that the folder does not have is initialised at random, with a warning. Errors as
-        mpt.checkpoint.load_hf.
+        A classifier's head that the checkpoint does not have is initialised at random, with a warning.
+        The host holds one tensor at a time besides what is on `device`. ValueError says what is not there, damaged or
+        refused, or holds a table of the weights that do not fit; see mpt.checkpoint.open_checkpoint.
         """
         if config is not None and overrides:
             raise ValueError(f"config and {', '.join(overrides)} are given; set the fields in config")
+        overrides = _config_fields(overrides)
+        source = checkpoint.open_checkpoint(path_or_name, revision=revision, check_hashes=True)
         with torch.device("meta"):
-            model = cls(config or MptConfig.from_pretrained(folder, **_config_fields(overrides)))
-        model = model.to(dtype or checkpoint.dtype_of(folder)).to_empty(device=device)
-        checkpoint.load_hf(model, folder)
+            model = cls(config or source.config(**overrides))
+        stored = checkpoint.match(model, source)  # before memory is taken for what does not fit
+        if config is not None:
+            checkpoint.compare_config(config, source)
+        model = model.to(dtype or source.dtype).to_empty(device=device)
+        checkpoint.fill(model, stored)
         return model.eval()
 
 

@@ -22,7 +22,7 @@ from mpt import (
     MptForTokenClassification,
     MptModel,
 )
-from mpt.checkpoint import load_hf
+from mpt.checkpoint import load_weights
 
 CLASSIFIERS = [MptForSequenceClassification, MptForTokenClassification, MptForQuestionAnswering]
 CLASSES = [MptModel, MptForCausalLM, *CLASSIFIERS]
@@ -347,7 +347,7 @@ def test_sharded_classifiers(tmp_path: Path, cls: type) -> None:
             fully_shard(block)
         fully_shard(model)
         with pytest.warns(UserWarning, match="initialised at random"):
-            load_hf(model, tmp_path / "base")
+            load_weights(model, tmp_path / "base")
         out = model.eval()(ids)
         sum(value.square().mean() for value in out.values()).backward()
         assert all(p.grad is not None and p.grad.full_tensor().any() for p in model.parameters())

@@ -19,6 +19,7 @@ import torch
 import kernels.backend
 from mpt import MptConfig, MptForCausalLM
 from mpt.initialize import init_weights
+from mpt.manifest import list_steps
 from trainer.checkpoint import Checkpointer, export_hf, load_weights
 from trainer.config import Resolved, TrainConfig, config_to_yaml, open_run_data, validate
 from trainer.data import Prefetcher, TokenBatches, unigram_entropy
@@ -26,7 +27,6 @@ from trainer.data.tokenizer import open_tokenizer, settings_files
 from trainer.errors import InputError
 from trainer.history import replace_file
 from trainer.loggers import Loggers
-from trainer.manifest import list_steps
 from trainer.metrics import StepTimer, flops_per_token, memory_gib, peak_flops, profiler
 from trainer.optim import build_optimizer, clip_grad_norm, lr_multiplier, set_lr
 from trainer.parallel import (
@@ -133,7 +133,7 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
     if restored is not None:
         state = TrainState(**restored)
     elif config.load_path:
-        load_weights(Path(config.load_path), model)
+        load_weights(config.load_path, model)
     else:
         init_weights(model, config.seed)
 

@@ -220,6 +220,7 @@ class MptConfig:
     learned_pos_emb: embeddings of positions up to max_seq_len; without ALiBi only, which has no such limit.
     embedding_fraction: f in (0, 1] scales the gradient of the embeddings.
     logit_scale: None, a number, or 'inv_sqrt_d_model'.
+    use_cache: in eval mode forward returns a cache of keys and values where its own use_cache is None.
     no_bias: no bias anywhere, norms included; lm_head and RMSNorm never have one.
     norm_type: layernorm, rmsnorm, or one of them after low_precision_, in any case.
     init_device: cpu, cuda, meta, or mixed (node-local rank 0 on cpu, the others meta).
@@ -322,8 +323,6 @@ class MptConfig:
         self.norm_type = self.norm_type.lower()
         _one_of("norm_type", self.norm_type, NORM_TYPES)
         _one_of("init_device", self.init_device, ("cpu", "cuda", "meta", "mixed"))
-        if self.use_cache:
-            raise ValueError("use_cache is True; this version has no key/value cache: set it to False")
         self._check_kv_heads()
         self._check_token_ids()
 

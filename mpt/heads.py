@@ -87,6 +87,7 @@ class MptForCausalLM(MptPreTrainedModel):
         out = CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=self._logits(hidden, logits_to_keep) if return_logits else None,
+            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
 from mpt import generate as generation
 from mpt.config import MptConfig
-from mpt.model import MptModel, MptPreTrainedModel, building_device
+from mpt.model import MptModel, MptPreTrainedModel, building_device, linear
 from mpt.outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
 
 
@@ -115,7 +114,7 @@ class MptForCausalLM(MptPreTrainedModel):
             hidden = hidden[:, keep]
         elif keep:
             hidden = hidden[:, -keep:]
-        logits = F.linear(hidden, self._head_weight())
+        logits = linear(hidden, self._head_weight())
         return logits if self.config.logit_scale is None else logits * self.config.logit_factor
 
 

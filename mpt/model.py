@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import kernels
+from kernels.product import product
 from mpt import checkpoint
 from mpt.cache import CacheStep, LayerStep, MptCache
 from mpt.config import MptConfig
@@ -78,6 +79,24 @@ class MptNorm(nn.Module):
         return kernels.layer_norm(x, weight, bias, eps=self.eps, residual=residual)
 
 
+class MptLinear(nn.Linear):
+    """nn.Linear, by the fastest product there is where nothing is differentiated: generation reads weights that way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) weight^T + bias; see MptLinear."""
+    kind = x.device.type
+    if torch.is_grad_enabled() or kind != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled(kind):
+        return F.linear(x, weight, bias)
+    if type(weight) is not nn.Parameter or weight.dtype != x.dtype:  # DTensor, a tensor subclass of someone's
+        return F.linear(x, weight, bias)
+    out = product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return out if bias is None else out.add_(bias)
+
+
 class MptAttention(nn.Module):
     """Wqkv, clip, norm of q and k, attention with ALiBi, out_proj. forward(x (B, S, d), rules) -> (B, S, d).
 
@@ -91,10 +110,10 @@ class MptAttention(nn.Module):
         self.clip_qkv, self.softmax_scale, self.dropout_p = attn.clip_qkv, attn.softmax_scale, attn.attn_pdrop
         q, kv = config.d_model, config.kv_heads * config.d_head
         self.widths = [q, kv, kv]
-        self.Wqkv = nn.Linear(config.d_model, q + 2 * kv, bias=not config.no_bias)
+        self.Wqkv = MptLinear(config.d_model, q + 2 * kv, bias=not config.no_bias)
         self.q_ln = MptNorm(q, config) if attn.qk_ln else None
         self.k_ln = MptNorm(kv, config) if attn.qk_ln else None
-        self.out_proj = nn.Linear(q, config.d_model, bias=not config.no_bias)
+        self.out_proj = MptLinear(q, config.d_model, bias=not config.no_bias)
 
     def forward(
         self, x: Tensor, rules: AttentionRules, *, output_attentions: bool = False, past: LayerStep | None = None

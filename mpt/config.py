@@ -250,11 +250,12 @@ class MptConfig:
     attn_config: a mapping, or an MptAttentionConfig, which see.
     embedding_fraction: f in (0, 1] scales the gradient of the embeddings.
     logit_scale: None, a number, or 'inv_sqrt_d_model'.
+    use_cache: in eval mode forward returns a cache of keys and values where its own use_cache is None.
     no_bias: no bias anywhere, norms included; lm_head and RMSNorm never have one.
     norm_type: layernorm, rmsnorm, or one of them after low_precision_, in any case.
     init_device: cpu, cuda (or cuda:0, ...), meta, or mixed (node-local rank 0 on cpu, the others meta).
     init_config: how weights start; without it normal(0, initializer_range).
-    use_cache, return_dict, output_hidden_states, output_attentions: what forward does unless its arguments say it.
+    return_dict, output_hidden_states, output_attentions: what forward does unless its arguments say it.
     tie_word_embeddings: lm_head's weight is the embeddings'.
     pad_token_id, bos_token_id, eos_token_id: special tokens; None where there is none. There may be several eos.
     id2label: the names of a classifier's labels, {0: "LABEL_0", 1: "LABEL_1"} unless given. `num_labels` is their
@@ -372,8 +373,6 @@ class MptConfig:
         _one_of("norm_type", self.norm_type, NORM_TYPES)
         if not re.fullmatch(r"cuda:\d+", self.init_device):
             _one_of("init_device", self.init_device, ("cpu", "cuda", "meta", "mixed"))
-        if self.use_cache:
-            raise ValueError("use_cache is True; this version has no key/value cache: set it to False")
         self._check_kv_heads()
         self._check_token_ids()
         self._check_labels()

@@ -4,14 +4,13 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
 from mpt import generate as generation
 from mpt.config import MptConfig
 from mpt.losses import sequence_loss, span_loss, token_loss
-from mpt.model import MptModel, MptPreTrainedModel, building_device, readable, refuse_unknown
+from mpt.model import MptModel, MptPreTrainedModel, building_device, linear, readable, refuse_unknown
 from mpt.outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
@@ -100,6 +99,7 @@ class MptForCausalLM(MptPreTrainedModel):
         out = CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=self._logits(hidden, logits_to_keep) if return_logits else None,
+            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -127,7 +127,7 @@ class MptForCausalLM(MptPreTrainedModel):
             hidden = hidden[:, keep]
         elif keep:
             hidden = hidden[:, -keep:]
-        logits = F.linear(hidden, self._head_weight())
+        logits = linear(hidden, self._head_weight())
         return logits if self.config.logit_scale is None else logits * self.config.logit_factor
 
 

@@ -49,8 +49,9 @@ class ModelOutput:
 
 @dataclass
 class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
-    """Of MptModel. last_hidden_state (B, S, d); hidden_states: L+1 of (B, S, d), the embeddings, each block's output
-    but the last's, then norm_f's; attentions: L of (B, H, S, S). past_key_values and cross_attentions are None.
+    """Of MptModel. last_hidden_state (B, S, d); past_key_values: the MptCache, if one was asked for; hidden_states: L+1
+    of (B, S, d), the embeddings, each block's output but the last's, then norm_f's; attentions: L of (B, H, S, past +
+    S). cross_attentions is None.
     """
 
     last_hidden_state: Tensor | None = None

@@ -233,7 +233,6 @@ REFUSED = [
     ({"logit_scale": float("nan")}, "logit_scale is nan"),
     ({"norm_type": "batchnorm"}, "norm_type is 'batchnorm'"),
     ({"init_device": "tpu"}, "init_device is 'tpu'"),
-    ({"use_cache": True}, "use_cache is True"),
     ({"pad_token_id": 50}, "pad_token_id is 50"),
     ({"model_type": "llama"}, "model_type is 'llama'"),
     ({"hidden_size": 64}, "hidden_size is 64 and d_model is 32"),

@@ -9,7 +9,7 @@ from transformers import MptConfig as TheirConfig
 from transformers import MptForCausalLM as TheirModel
 
 import kernels
-from mpt import MptConfig, MptForCausalLM, MptModel
+from mpt import MptCache, MptConfig, MptForCausalLM, MptModel
 from mpt.config import parameter_shapes
 
 SHAPE = {"d_model": 64, "n_heads": 4, "n_layers": 3, "vocab_size": 97, "max_seq_len": 40}
@@ -324,9 +324,9 @@ def test_tied_head() -> None:
 
 IDS = torch.arange(10).view(2, 5)
 REFUSED = [
-    ({}, {"use_cache": True}, "key/value cache"),
-    ({}, {"past_key_values": ()}, "key/value cache"),
-    ({}, {"cache_position": IDS[0]}, "key/value cache"),
+    ({}, {"past_key_values": ()}, "past_key_values is tuple; pass an MptCache"),
+    ({}, {"past_key_values": MptCache(), "use_cache": False}, "use_cache is False and past_key_values is given"),
+    ({}, {"cache_position": IDS[1]}, r"cache_position is 5\.\.9; past_key_values holds 0 columns"),
     ({}, {"input_ids": None}, "either input_ids or inputs_embeds"),
     ({}, {"inputs_embeds": torch.zeros(2, 5, 64)}, "either input_ids or inputs_embeds"),
     ({}, {"input_ids": IDS[0]}, r"input_ids must be \(B, S\)"),

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 import mpt
 from mpt import (
+    MptCache,
     MptConfig,
     MptForCausalLM,
     MptForQuestionAnswering,
@@ -253,6 +254,22 @@ def test_sequences_and_prefixes_reach_the_attention(cls: type, attn: dict) -> No
     assert torch.equal(out.hidden_states[-1], hidden)
     other = {name: torch.zeros_like(value) for name, value in first.items()}
     assert not torch.equal(model(ids, **other)[0], out[0])
+
+
+def test_caches() -> None:
+    """A sequence in two calls gives what one gives; only sequence classification's output has a place for the cache."""
+    ids = inputs()[0]
+    model = MptForSequenceClassification(MptConfig(**SHAPE)).eval()
+    first = model(ids[:, :8], use_cache=True)
+    assert list(first) == ["logits", "past_key_values"]
+    logits, cache = model(ids[:, 8:], past_key_values=first.past_key_values, return_dict=False)
+    assert cache is first.past_key_values and relative(logits, model(ids).logits) <= 1e-5
+    tokens, cache = MptForTokenClassification(MptConfig(**SHAPE)).eval(), MptCache()
+    said = [tokens(part, past_key_values=cache, return_dict=False) for part in (ids[:, :8], ids[:, 8:])]
+    assert [len(out) for out in said] == [1, 1] and cache.columns == S
+    assert relative(torch.cat([out[0] for out in said], 1), tokens(ids).logits) <= 1e-5
+    spans = MptForQuestionAnswering(MptConfig(**SHAPE, use_cache=True)).eval()
+    assert list(spans(ids)) == ["start_logits", "end_logits"]
 
 
 def test_classifier_dropout() -> None:

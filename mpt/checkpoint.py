@@ -9,7 +9,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -346,8 +345,8 @@ def match(model: nn.Module, source: Source) -> dict[str, Stored]:
     return stored
 
 
-def causal_lm_tensors(source: Source, config: MptConfig) -> list[tuple[str, Callable[[], Tensor]]]:
-    """(name, function that reads it) of every parameter that an MptForCausalLM of this configuration has.
+def causal_lm_tensors(source: Source, config: MptConfig) -> dict[str, Stored]:
+    """Every parameter that an MptForCausalLM of this configuration has, by name, in the model's order.
 
     ValueError holds a table of what does not fit.
     """
@@ -355,7 +354,7 @@ def causal_lm_tensors(source: Source, config: MptConfig) -> list[tuple[str, Call
     if config.tie_word_embeddings:
         _drop_tied_head(stored, source.path)
     compare(shapes, stored, source.path)
-    return [(name, partial(stored[name].rows, 0, shape[0])) for name, shape in shapes.items()]
+    return {name: stored[name] for name in shapes}
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -325,7 +325,7 @@ def fill(model: nn.Module, stored: Mapping[str, Stored]) -> None:
     for name, parameter in _parameters(model).items():
         local, first = local_rows(name, parameter.detach())
         if local.shape[0]:
-            local.copy_(stored[name].rows(first, first + local.shape[0]))
+            stored[name].copy_to(local, first)
 
 
 def match(model: nn.Module, source: Source) -> dict[str, Stored]:

@@ -9,7 +9,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -339,7 +338,7 @@ def fill(model: nn.Module, stored: Mapping[str, Stored]) -> None:
             continue
         local, first = local_rows(name, parameter.detach())
         if local.shape[0]:
-            local.copy_(stored[name].rows(first, first + local.shape[0]))
+            stored[name].copy_to(local, first)
 
 
 def match(model: nn.Module, source: Source) -> dict[str, Stored]:
@@ -377,8 +376,8 @@ def _fresh_head(model: nn.Module, wanted: Iterable[str], stored: dict[str, Store
     return fresh
 
 
-def causal_lm_tensors(source: Source, config: MptConfig) -> list[tuple[str, Callable[[], Tensor]]]:
-    """(name, function that reads it) of every parameter that an MptForCausalLM of this configuration has.
+def causal_lm_tensors(source: Source, config: MptConfig) -> dict[str, Stored]:
+    """Every parameter that an MptForCausalLM of this configuration has, by name, in the model's order.
 
     ValueError holds a table of what does not fit.
     """
@@ -386,7 +385,7 @@ def causal_lm_tensors(source: Source, config: MptConfig) -> list[tuple[str, Call
     if config.tie_word_embeddings:
         _drop_tied_head(stored, source.path)
     compare(shapes, stored, source.path)
-    return [(name, partial(stored[name].rows, 0, shape[0])) for name, shape in shapes.items()]
+    return {name: stored[name] for name in shapes}
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

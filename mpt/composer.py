@@ -36,13 +36,14 @@ def read_composer(path: Path) -> tuple[dict[str, Stored], dict[str, Any] | None,
     weights = {name.removeprefix(PREFIX): value for name, value in weights.items()}
     integration = _at(whole, "state", "integrations", "huggingface")
     config = _at(integration, "model", "config", "content")
-    if isinstance(config, dict):
-        config = {"name": "mpt_causal_lm"} | config  # llm-foundry wrote it, and means its defaults by what is not there
-    return (
-        as_stored(path, weights, "['state']['model']"),
-        config if isinstance(config, dict) else None,
-        dict(_tokenizer_files(_at(integration, "tokenizer"))),
-    )
+    try:
+        if isinstance(config, dict):  # llm-foundry wrote it, and means its own defaults by what is not there
+            config = {"name": "mpt_causal_lm"} | json.loads(json.dumps(config))
+        companions = dict(_tokenizer_files(_at(integration, "tokenizer")))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its configuration or tokenizer is no JSON ({error})") from None
+    stored = as_stored(path, weights, "['state']['model']")
+    return stored, config if isinstance(config, dict) else None, companions
 
 
 def _at(value: Any, *keys: str) -> Any:
@@ -62,18 +63,17 @@ def _tokenizer_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
 
 
 def save_composer(
-    named_tensors: Iterable[tuple[str, Tensor | Callable[[], Tensor]]],
-    shapes: Mapping[str, tuple[int, ...]],
+    named_tensors: Iterable[tuple[str, Callable[[], Tensor]]],
+    forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     config: MptConfig,
     path: Path,
     *,
-    dtype: torch.dtype,
     companions: Mapping[str, bytes],
 ) -> None:
     """Write weights as a file that llm-foundry's `load_path` takes with `load_weights_only: true`.
 
-    named_tensors: every one of `shapes` once, as (name, tensor) or (name, function that gives it); one at a time is in
-        memory. Room for all is laid out in the file first, and filled in then.
+    forms: shape and dtype of every tensor; room for all of them is laid out in the file first.
+    named_tensors: each of them once, as (name, function that gives it); one at a time is in memory.
 
     companions: tokenizer files, name -> contents.
 
@@ -86,13 +86,13 @@ def save_composer(
             raise ValueError(f"{file} exists; remove it, or give another place")
     try:
         with FakeTensorMode():
-            weights = {PREFIX + name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+            weights = {PREFIX + name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in forms.items()}
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(_state(weights, config, companions), temporary)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             places = torch.load(temporary, mmap=True, weights_only=True)["state"]["model"]
-        for name, value in named_tensors:
-            tensor = value if isinstance(value, Tensor) else value()
+        for name, read in named_tensors:
+            tensor = read()
             place = places.pop(PREFIX + name, None)
             if place is None or place.shape != tensor.shape:
                 raise ValueError(f"{name} {tuple(tensor.shape)} is given twice, or is not a parameter of this model")

@@ -4,7 +4,6 @@ the same model.
 
 import math
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from mpt.checkpoint import Source, causal_lm_tensors, companions_in, save_hf
 from mpt.composer import save_composer
-from mpt.config import count_parameters, parameter_shapes
 from mpt.heads import MptForCausalLM
+from mpt.tensor_files import Stored
 
 CHECK_TOKENS = 64
 
@@ -39,13 +38,15 @@ def convert(
     if to.resolve() in (source.path.resolve(), *source.path.resolve().parents):
         raise ValueError(f"{to} is, or holds, the checkpoint that is converted; give another place")
     companions = source.companions if tokenizer is None else _companions(Path(tokenizer))
-    tensors = [(name, partial(_cast, name, read, dtype)) for name, read in causal_lm_tensors(source, config)]
-    _check_room(to, count_parameters(config) * (dtype or source.dtype).itemsize)
+    stored = causal_lm_tensors(source, config)
+    tensors = [(name, partial(_cast, name, tensor, dtype)) for name, tensor in stored.items()]
+    forms = {name: (tensor.shape, dtype or tensor.dtype or source.dtype) for name, tensor in stored.items()}
+    _check_room(to, sum(math.prod(shape) * kind.itemsize for shape, kind in forms.values()))
     if to.suffix != ".pt":
         save_hf(tensors, config, to, max_shard_size=max_shard_size, companions=companions)
         return
     to.parent.mkdir(parents=True, exist_ok=True)
-    save_composer(tensors, parameter_shapes(config), config, to, dtype=dtype or source.dtype, companions=companions)
+    save_composer(tensors, forms, config, to, companions=companions)
 
 
 def _companions(folder: Path) -> dict[str, bytes]:
@@ -55,8 +56,8 @@ def _companions(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def _cast(name: str, read: Callable[[], Tensor], dtype: torch.dtype | None) -> Tensor:
-    tensor = read()
+def _cast(name: str, stored: Stored, dtype: torch.dtype | None) -> Tensor:
+    tensor = stored.rows(0, stored.shape[0])
     if dtype is None or dtype == tensor.dtype:
         return tensor
     cast = tensor.to(dtype)

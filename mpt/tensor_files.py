@@ -53,11 +53,36 @@ STATE_BUILTINS = frozenset(f"builtins.{name}" for name in ("object", "getattr", 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its shape, its dtype (None where it is no float), and how to read rows a..b of it."""
+    """A tensor in a file: its shape, its dtype (None where it is no float), and how to read rows a..b of it.
+
+    place: the file and the byte where its numbers begin, where they lie there as they do in memory.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     rows: Callable[[int, int], Tensor]
+    place: tuple[Path, int] | None = None
+
+    def copy_to(self, target: Tensor, first: int) -> None:
+        """Put the rows from `first` on into `target`, as many as it has, cast to its dtype."""
+        if (
+            self.place is None
+            or target.device.type != "cpu"
+            or target.dtype != self.dtype
+            or not target.is_contiguous()
+        ):
+            target.copy_(self.rows(first, first + target.shape[0]))
+            return
+        # Read to where it belongs: half the page faults of a mapped file, and no threads that wait for each other.
+        path, start = self.place
+        rest = target.view(torch.uint8).reshape(-1).numpy().data
+        with path.open("rb", buffering=0) as file:
+            file.seek(start + first * math.prod(self.shape[1:]) * target.element_size())
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise ValueError(f"{path} has become shorter while it was read; copy it again")
+                rest = rest[count:]
 
 
 class StandIn:
@@ -129,7 +154,12 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     # Opened once, by the first tensor that is read, and closed with the last that can be.
     opened = lru_cache(maxsize=1)(partial(safe_open, path, framework="pt"))
     out = {
-        name: Stored(tuple(entry["shape"]), DTYPES.get(entry["dtype"]), partial(_safetensors_rows, opened, name))
+        name: Stored(
+            tuple(entry["shape"]),
+            DTYPES.get(entry["dtype"]),
+            partial(_safetensors_rows, opened, name),
+            (path, 8 + length + entry["data_offsets"][0]),
+        )
         for name, entry in header.items()
     }
     if size != 8 + length + end:

@@ -10,7 +10,6 @@ from checkpoint_files import (
     HUB_FORMS,
     IDS,
     MOSAIC_GPT_CONFIG,
-    TOKENIZER,
     mosaic_gpt,
     mosaic_gpt_name,
     published,
@@ -114,44 +113,6 @@ def test_storywriter(tmp_path: Path) -> None:
     loaded = MptForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.attn_config.clip_qkv == 6.0 and loaded.config.attn_config.alibi_bias_max == 16.0
     assert loaded.config.max_seq_len == 65536
-
-
-@pytest.mark.parametrize("given", ["ep0-ba4-rank0.pt", "latest-rank0.pt", ""])
-def test_composer(tmp_path: Path, given: str) -> None:
-    trained = published()
-    write_composer(tmp_path, trained)
-    loaded = MptForCausalLM.from_pretrained(tmp_path / given)
-    assert same(loaded, trained) and loaded.config == trained.config
-    companions = open_checkpoint(tmp_path / given).companions
-    assert json.loads(companions.pop("tokenizer.json")) == TOKENIZER
-    assert companions == {"merges.txt": b"a b\nc d"}  # neither code nor a config.json of someone's making
-
-
-def test_composer_without_a_configuration(tmp_path: Path) -> None:
-    trained = published()
-    path = write_composer(tmp_path, trained, integrations={})
-    with pytest.raises(ValueError, match=r"ep0-ba4-rank0\.pt has no configuration; put .* config\.json beside it"):
-        MptForCausalLM.from_pretrained(path)
-    load_weights(again := published(), path)
-    assert same(again, trained)
-    (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIG))
-    assert same(MptForCausalLM.from_pretrained(path), trained)
-
-
-def test_composer_means_llm_foundrys_defaults(tmp_path: Path) -> None:
-    """What its configuration leaves out is llm-foundry's: no ALiBi, and biases."""
-    config = {key: HUB_CONFIG[key] for key in ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len")}
-    trained = MptForCausalLM(MptConfig(**config, no_bias=False, attn_config={"alibi": False}))
-    path = write_composer(tmp_path, trained, config | {"model_type": "mpt", "attn_config": {"qk_ln": False}})
-    loaded = MptForCausalLM.from_pretrained(path)
-    assert same(loaded, trained) and loaded.transformer.wpe is not None
-    path = write_composer(
-        tmp_path, published(), config | {"model_type": "mpt", "no_bias": True, "learned_pos_emb": False}
-    )
-    with pytest.warns(
-        UserWarning, match=r"rank0\.pt describes another model: attn_config\.alibi False there, True here"
-    ):
-        load_weights(published(), path)
 
 
 @pytest.mark.parametrize("form", [*HUB_FORMS, "composer"])

@@ -48,7 +48,7 @@ def counted(source: Source) -> tuple[Source, dict[str, int]]:
             rows[name] = rows.get(name, 0) + stop - start
             return stored.rows(start, stop)
 
-        return dataclasses.replace(stored, rows=read)
+        return dataclasses.replace(stored, rows=read, place=None)
 
     tensors = {name: count(name, stored) for name, stored in source.tensors.items()}
     return dataclasses.replace(source, tensors=tensors), rows
@@ -73,6 +73,8 @@ def worker(rank: int, port: int, folder: str) -> None:
         source, rows = counted(open_checkpoint(f"{folder}/{form}"))
         load_weights(again, source)
         assert rows == {plain_name(name): len(p.to_local()) for name, p in again.named_parameters()}
+        again = sharded()
+        load_weights(again, f"{folder}/{form}")
         loaded[form] = {plain_name(name): digest(p.full_tensor()) for name, p in again.named_parameters()}
     if rank == 0:
         torch.save({"loss": loss, "digests": digests, "gradients": gradients, "loaded": loaded}, f"{folder}/results.pt")

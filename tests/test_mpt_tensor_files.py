@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -135,6 +136,28 @@ def test_one_number_is_no_large_tensor(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1).expand(10**9, 64)}, tmp_path / "a.bin")
     with pytest.raises(ValueError, match="is not a plain dictionary of tensors"):
         read_bin(tmp_path / "a.bin")
+
+
+def test_a_file_that_shrinks_meanwhile(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    source = open_checkpoint(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 5000)
+    with pytest.raises(ValueError, match=r"model\.safetensors has become shorter while it was read"):
+        load_weights(model(), source)
+
+
+def test_an_archive_of_another_make(tmp_path: Path) -> None:
+    for names, message in (
+        (["a/data.pkl", "b/data.pkl"], "torch.save puts one data.pkl into a file, and this holds 2"),
+        (["a/b/data.pkl"], "this holds 0"),
+        (["a/data.pkl", "a/data/0", "a/data/0"], "it holds 'a/data/0' twice"),
+    ):
+        with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the name that comes twice
+            for name in names:
+                archive.writestr(name, b"x")
+        with pytest.raises(ValueError, match=message):
+            read_bin(tmp_path / "a.bin")
 
 
 def test_a_training_state_is_no_file_of_weights(tmp_path: Path) -> None:

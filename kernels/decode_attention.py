@@ -469,7 +469,7 @@ def _argument_type(name: str, dtype: str) -> str:
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 _NEAR = 32  # newest keys, whose largest term bounds a row's total from below
-_LEAST = 2**22  # elements of keys, below which finding the windows costs more than it saves
+_LEAST = 2**31  # elements of keys times their length, below which finding the windows costs more than it saves
 _WASTE = 2**15  # elements of keys that cost as much to read as a few calls: runs are joined over so many
 _FEW = 8  # queries of one product
 _CAST = 2**20  # elements of a cache in low precision that are widened at once
@@ -491,7 +491,7 @@ def _decode_attention_torch(
     skipping = slopes is not None and norms is not None
     first = torch.zeros((batch, h) if skipping else (0,), dtype=torch.int32, device=q.device)
     begin = [0] * (batch * g)
-    if slopes is not None and norms is not None and batch * g * keys * d >= _LEAST:
+    if slopes is not None and norms is not None and batch * g * d * keys**2 >= _LEAST:
         first = _first_needed(qs, k, lengths, slopes, norms, 53 if up == torch.float64 else _BITS)
         begin = first.view(batch * g, r).amin(1).tolist()
     end = lengths.repeat_interleave(g).tolist()

@@ -143,7 +143,7 @@ def load(args: argparse.Namespace) -> tuple["MptForCausalLM", "Tokenizer"]:
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     try:
         model = MptForCausalLM.from_pretrained(folder, dtype=dtype, device=device)
-    except RuntimeError as error:  # a device that does not exist, or has no room
+    except (RuntimeError, AssertionError) as error:  # a device that does not exist, or has no room
         raise Unusable(f"{folder} on {device}: {str(error).splitlines()[0]}") from None
     if tokenizer.get_vocab_size() > model.config.vocab_size:
         raise Unusable(

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 
 import kernels.backend
@@ -25,6 +24,7 @@ from trainer.config import Resolved, TrainConfig, config_to_yaml, open_run_data,
 from trainer.data import Prefetcher, TokenBatches, unigram_entropy
 from trainer.data.tokenizer import open_tokenizer, settings_files
 from trainer.errors import InputError
+from trainer.evaluate import mean_loss, model_inputs
 from trainer.history import replace_file
 from trainer.loggers import Loggers
 from trainer.metrics import StepTimer, flops_per_token, memory_gib, peak_flops, profiler
@@ -289,7 +289,9 @@ class Loop:
                 self._evaluate_if_due()  # a signal took its place
             while state.step < resolved.steps:
                 with self.timer("data"):
-                    micro_batches = [self._batch(ids) for ids in batches.get(state.step)]
+                    micro_batches = [
+                        model_inputs(ids, resolved.model_config, self.eos_id) for ids in batches.get(state.step)
+                    ]
                     counted = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro_batches)
                 counted_everywhere, stop, save_failed = self.world.sum(
                     counted, self.signals.received, self.checkpointer.failed
@@ -323,18 +325,6 @@ class Loop:
         first = self.world.rank * per_rank
         size = self.resolved.micro_batch
         return [range(first + i, first + min(i + size, per_rank)) for i in range(0, per_rank, size)]
-
-    def _batch(self, ids: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the model's forward for token ids (B, S), on the CPU."""
-        input_ids = torch.from_numpy(ids)
-        batch = {"input_ids": input_ids, "labels": input_ids}
-        attn_config = self.resolved.model_config.attn_config
-        if attn_config.attn_uses_sequence_id:
-            ends = (input_ids == self.eos_id).cumsum(1)
-            batch["sequence_id"] = torch.nn.functional.pad(ends[:, :-1], (1, 0))
-        if attn_config.prefix_lm:
-            batch["prefix_mask"] = torch.zeros_like(input_ids, dtype=torch.bool)
-        return batch
 
     def _forward_backward(self, micro_batches: list[dict[str, torch.Tensor]], counted: float) -> torch.Tensor:
         """Gradients of the global batch's mean loss; returns this rank's share of that loss, a scalar."""
@@ -429,23 +419,18 @@ class Loop:
         if self.eval_data is None:
             return
         self.model.eval()
-        total, counted = 0.0, 0
         batch_size, subset = self.resolved.eval_batch_size, self.config.eval_subset_num_batches
-        sequences = None if subset < 0 else subset * batch_size
-        with torch.no_grad():
-            for ids, valid in self.eval_data.eval_batches(self.world.rank, self.world.size, batch_size, sequences):
-                batch = self._batch(ids)
-                batch["labels"] = batch["labels"].clone()
-                batch["labels"][valid:] = -100
-                counted += int((batch["labels"][:, 1:] != -100).sum())
-                batch = {k: v.to(self.world.device) for k, v in batch.items()}
-                out = self.model(**batch, num_items_in_batch=1, return_logits=False, return_dict=True)
-                total += float(out.loss)
-                if any(self.world.sum(self.signals.received)):
-                    return
-        loss_sum, tokens = self.world.sum(total, counted)
-        loss = loss_sum / max(tokens, 1.0)
-        self.last_eval = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        result = mean_loss(
+            self.model,
+            self.eval_data,
+            self.world,
+            batch_size=batch_size,
+            sequences=None if subset < 0 else subset * batch_size,
+            stopped=lambda: self.signals.received,
+        )
+        if result is None:
+            return
+        self.last_eval = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         self.state.evaluated = self.state.step
         self.loggers.evaluation({"step": self.state.step, "tokens": self.state.tokens, **self.last_eval})
         self.model.train()

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import warnings
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,7 +242,9 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
+    if isinstance(value, Integral):
+        return value if isinstance(value, bool) else int(value)
+    return value if value is None else str(value)
 
 
 if __name__ == "__main__":

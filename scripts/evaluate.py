@@ -8,11 +8,12 @@ Example: python scripts/evaluate.py runs/mpt-tiny --data data/demo --batch 16
 import argparse
 import json
 import math
+import os
 import sys
 import warnings
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from mpt import MptForCausalLM
@@ -85,10 +86,16 @@ def _names(text: str) -> list[str]:
     return names
 
 
+class _Told(Exception):
+    """Bad input of which another process tells."""
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         return _run(args)
+    except _Told:
+        return 2
     except ValueError as error:  # InputError is one
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -150,10 +157,8 @@ def _agree(world: "World", error: Exception | None) -> None:
     """Raise on every rank where there is an error on any; rank 0 tells it."""
     try:
         world.agree(error)
-    except ValueError:
-        if world.rank == 0:
-            raise
-        sys.exit(2)
+    except ValueError as told:
+        raise told if world.rank == 0 else _Told from None
 
 
 def _on_shards(
@@ -247,7 +252,18 @@ def _plain(value: Any) -> Any:
     return value if value is None else str(value)
 
 
+def _leave(code: int) -> NoReturn:
+    """End the process; if it is one of several, without Python's own end: gloo's threads outlive their group, and one
+    that lets go of a tensor meanwhile aborts.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     # In the place of this file's folder, which has a module of the name of Hugging Face's `evaluate`.
     sys.path[0] = str(Path(__file__).parent.parent)
-    sys.exit(main())
+    _leave(main())

@@ -42,6 +42,7 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_train.py
 	$(BIN)/python scripts/bench_data.py
 	$(BIN)/python scripts/bench_checkpoint.py
+	$(BIN)/python scripts/bench_load.py
 	$(BIN)/python scripts/demo_corpus.py --out data/demo
 	$(BIN)/python scripts/bench_overhead.py
 

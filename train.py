@@ -113,7 +113,7 @@ def check(config: "TrainConfig", world_size: int, *, deep: bool) -> None:
 
     Raises InputError for what the run would stumble over.
     """
-    from trainer.checkpoint import is_hugging_face, verify
+    from trainer.checkpoint import is_own, verify
     from trainer.config import open_run_data, validate
     from trainer.data import scan
     from trainer.errors import InputError
@@ -136,7 +136,7 @@ def check(config: "TrainConfig", world_size: int, *, deep: bool) -> None:
             scan(shards.manifest.folder, shards.split, resolved.model_config.vocab_size)
             print(f"{'':<14}{shards.manifest.folder} {shards.split}: every hash and id is right")
     if config.load_path is not None:
-        ours = not is_hugging_face(Path(config.load_path))
+        ours = is_own(config.load_path)
         if deep and ours:
             verify(config.load_path)
         hashes = ", hashes too" if deep and ours else ""

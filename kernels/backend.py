@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Implementation = Literal["triton", "torch", "reference"]
 
@@ -128,6 +129,18 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which the operations on this tensor's device keep the dtypes that they are given."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def eager(tensor: Tensor) -> bool:
+    """Whether an operation may run without its boundary, the custom operator, which costs a tenth of a millisecond:
+    nothing is differentiated, traced or watched.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and _get_current_dispatch_mode() is None
+    )
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

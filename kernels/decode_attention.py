@@ -32,7 +32,7 @@ from torch import Tensor
 
 from kernels import alibi, reference
 from kernels.alibi import GRAIN
-from kernels.backend import architecture, autocast_dtype, check_dtypes, check_tensors, choose, no_autocast, wide
+from kernels.backend import architecture, autocast_dtype, check_dtypes, check_tensors, choose, eager, no_autocast, wide
 from kernels.compile import Variant
 
 MAX_QUERIES = 16
@@ -469,7 +469,7 @@ def _argument_type(name: str, dtype: str) -> str:
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 _NEAR = 32  # newest keys, whose largest term bounds a row's total from below
-_LEAST = 2**20  # elements of keys, below which finding the windows costs more than it saves
+_LEAST = 2**31  # elements of keys times their length, below which finding the windows costs more than it saves
 _WASTE = 2**15  # elements of keys that cost as much to read as a few calls: runs are joined over so many
 _FEW = 8  # queries of one product
 _CAST = 2**20  # elements of a cache in low precision that are widened at once
@@ -491,7 +491,7 @@ def _decode_attention_torch(
     skipping = slopes is not None and norms is not None
     first = torch.zeros((batch, h) if skipping else (0,), dtype=torch.int32, device=q.device)
     begin = [0] * (batch * g)
-    if slopes is not None and norms is not None and batch * g * keys * d >= _LEAST:
+    if slopes is not None and norms is not None and batch * g * d * keys**2 >= _LEAST:
         first = _first_needed(qs, k, lengths, slopes, norms, 53 if up == torch.float64 else _BITS)
         begin = first.view(batch * g, r).amin(1).tolist()
     end = lengths.repeat_interleave(g).tolist()
@@ -605,8 +605,7 @@ def _append_norms(norms: Tensor, new: Tensor, start: int) -> None:
 # ---- the boundary ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mpt::decode_attention", mutates_args=())
-def _op(
+def _run(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -621,6 +620,9 @@ def _op(
     run = _decode_attention if triton else _decode_attention_torch
     with no_autocast(q):
         return run(q, k_cache, v_cache, lengths, slopes, key_norms, scale)
+
+
+_op = torch.library.custom_op("mpt::decode_attention", mutates_args=())(_run)
 
 
 @_op.register_fake
@@ -648,8 +650,7 @@ def _refuse(ctx: Any, *grads: Any) -> NoReturn:
 _op.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
 
 
-@torch.library.custom_op("mpt::update_key_norms", mutates_args=("key_norms",))
-def _op_update(key_norms: Tensor, k_new: Tensor, start: Tensor, triton: bool) -> None:
+def _update(key_norms: Tensor, k_new: Tensor, start: Tensor, triton: bool) -> None:
     if k_new.numel() == 0:
         return
     if not triton or start.device.type == "cpu":
@@ -659,6 +660,9 @@ def _op_update(key_norms: Tensor, k_new: Tensor, start: Tensor, triton: bool) ->
                 f"update_key_norms: keys go to positions {low} to {high - 1}, and key_norms covers 0 to {room - 1}"
             )
     (_update_key_norms if triton else _update_key_norms_torch)(key_norms, k_new, start)
+
+
+_op_update = torch.library.custom_op("mpt::update_key_norms", mutates_args=("key_norms",))(_update)
 
 
 @_op_update.register_fake
@@ -712,7 +716,8 @@ def decode_attention(
             kwargs: dict[str, Any] = {"alibi_slopes": alibi_slopes, "softmax_scale": scale, "return_kept": return_kept}
             return reference.decode_attention(q, k_cache, v_cache, lengths, **kwargs)
     slopes = None if alibi_slopes is None else alibi_slopes.detach().to(q.device, torch.float32).contiguous()
-    out, first = _op(q, k_cache, v_cache, lengths, slopes, key_norms, scale, which == "triton")
+    run = _run if eager(q) else _op
+    out, first = run(q, k_cache, v_cache, lengths, slopes, key_norms, scale, which == "triton")
     if not return_kept:
         return out
     if slopes is None or key_norms is None:
@@ -743,7 +748,8 @@ def update_key_norms(key_norms: Tensor, k_new: Tensor, start: int | Tensor, *, b
     _check_key_norms_dtype(key_norms)
     _check_integers("start", start, k_new.shape[0])
     which = choose("update_key_norms", k_new, backend)
-    _op_update(key_norms, k_new.detach(), start, which == "triton")
+    run = _update if eager(k_new) else _op_update
+    run(key_norms, k_new.detach(), start, which == "triton")
 
 
 def _check_shapes(

@@ -33,6 +33,7 @@ from kernels.backend import (
     check_dtypes,
     check_tensors,
     choose,
+    eager,
     no_autocast,
     on_device,
     refuse_second_derivative,
@@ -511,8 +512,7 @@ def _read(total: Tensor, weight: Tensor) -> Tensor:
     return total.to(weight.dtype).to(wide(weight.dtype)).contiguous()
 
 
-@torch.library.custom_op("mpt::layer_norm", mutates_args=())
-def _op(
+def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, rms: bool, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in weight's dtype, x + residual (empty without), mean (empty for RMSNorm), rstd."""
@@ -522,6 +522,9 @@ def _op(
         total = x if residual is None else (x + residual).contiguous()
         y, mean, rstd = _normalise(_read(total, weight), weight, bias, eps, rms)
         return y, x.new_empty(0) if residual is None else total, mean, rstd
+
+
+_op = torch.library.custom_op("mpt::layer_norm", mutates_args=())(_run)
 
 
 @_op.register_fake
@@ -642,5 +645,6 @@ def _norm(
             y = reference.rms_norm(h, weight, eps) if rms else reference.layer_norm(h, weight, bias, eps)
             assert isinstance(y, Tensor)
             return y if residual is None else (y, total)
-    y, total, _, _ = _op(x, weight, bias, residual, float(eps), rms, which == "triton" and x.numel() > 0)
+    run = _run if eager(x) else _op
+    y, total, _, _ = run(x, weight, bias, residual, float(eps), rms, which == "triton" and x.numel() > 0)
     return y if residual is None else (y, total)

@@ -29,6 +29,7 @@ from kernels.backend import (
     check_dtypes,
     check_tensors,
     choose,
+    eager,
     no_autocast,
     on_device,
     refuse_second_derivative,
@@ -381,8 +382,7 @@ def _torch_fwd(x: Tensor, up: Tensor, up_b: Tensor | None, keep: bool) -> tuple[
 # ---- the boundary ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mpt::mlp", mutates_args=())
-def _op(
+def _run(
     x: Tensor,
     up_weight: Tensor,
     down_weight: Tensor,
@@ -403,6 +403,9 @@ def _op(
         for i, j in _chunks(x.shape[0], chunk_size):
             y[i:j] = _linear(forward(x[i:j], up, up_b, False)[0], down, down_b)
         return y, x.new_empty(0, up_weight.shape[0])
+
+
+_op = torch.library.custom_op("mpt::mlp", mutates_args=())(_run)
 
 
 @_op.register_fake
@@ -531,7 +534,8 @@ def mlp(
         with no_autocast(x):
             up, down, up_b, down_b = _cast(x, up_weight, down_weight, up_bias, down_bias)
             return reference.mlp(x, up, down, up_b, down_b)
-    y, _ = _op(x.reshape(-1, x.shape[-1]), up_weight, down_weight, up_bias, down_bias, chunk_size, which == "triton")
+    run = _run if eager(x) else _op
+    y, _ = run(x.reshape(-1, x.shape[-1]), up_weight, down_weight, up_bias, down_bias, chunk_size, which == "triton")
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

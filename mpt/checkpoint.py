@@ -1,36 +1,35 @@
-"""Weights on disk: Hugging Face folders, written as a stream of tensors and read onto models that may be sharded."""
+"""Weights on disk: every form of checkpoint that there is of an MPT, read onto models that may be sharded; and Hugging
+Face folders, written as a stream of tensors.
+"""
 
 import contextlib
 import json
-import math
 import re
 import shutil
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mpt.config import MptConfig, parameter_shapes
-from mpt.initialize import local_rows, plain_name
+from mpt import hub, mosaic_gpt
+from mpt.composer import read_composer
+from mpt.config import MptConfig, foundry_defaults, mapping, parameter_shapes
+from mpt.initialize import init_weights, local_rows, plain_name
+from mpt.manifest import is_run
+from mpt.step_folder import read_step_folder
+from mpt.tensor_files import Stored, read_folder, read_json, short
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Bytes of one element, of every dtype that has whole ones.
-ITEM_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8), **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2), **dict.fromkeys(("I8", "U8", "BOOL"), 1),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 1),
-}  # fmt: skip
 TABLE_LINES = 20
+CLASSIFIERS = ("score.", "classifier.", "qa_outputs.")
+ALL_HEADS = ("lm_head.", *CLASSIFIERS)
+LATEST_COMPOSER = "latest-rank0.pt"  # Composer's link to the newest checkpoint of a folder
 # What decides a model's output without showing in its weights' shapes.
 BEHAVIOUR = ("layer_norm_epsilon", "logit_scale", "norm_type")
 ATTN_BEHAVIOUR = ("alibi", "alibi_bias_max", "attn_uses_sequence_id", "clip_qkv", "prefix_lm", "softmax_scale")
@@ -44,9 +43,10 @@ def save_hf(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
     write: bool = True,
-    tokenizer_files: Iterable[str | Path] = (),
+    companions: Mapping[str, bytes] | None = None,
+    architecture: str = "MptForCausalLM",
 ) -> None:
-    """Write an MptForCausalLM as a folder that `load_hf` and transformers read.
+    """Write a model as a folder that `load_weights` and transformers read.
 
     named_tensors: every parameter once, as (name, tensor) or (name, function that gives it); one shard's worth is held
         in memory at a time. Sharded parameters are gathered one by one: then every rank must make this call. A tied
@@ -54,7 +54,8 @@ def save_hf(
     max_shard_size: bytes, or such as "5GB" (10^9 bytes) or "500MiB".
     dtype: of the saved weights; None leaves them as they are.
     write: whether this rank writes; True on one of them.
-    tokenizer_files: copied along.
+    companions: what is written beside the weights, such as tokenizer files: name -> contents.
+    architecture: the model's class.
 
     Everything goes into `folder`.tmp, which is renamed at the end; an older export in `folder` is replaced (and is
     `folder`.old for a moment), anything else under these three names refused. ValueError where names or shapes are not
@@ -67,8 +68,9 @@ def save_hf(
             _check_replaceable(path)
         _remove(temporary)
         temporary.mkdir(parents=True)
-        config.save_pretrained(temporary)  # first, so that what a killed process leaves is known for an export
-    expected = parameter_shapes(config)
+        # First, so that what a killed process leaves is known for an export.
+        config.save_pretrained(temporary, architecture=architecture)
+    expected = parameter_shapes(config, architecture)
     shard: dict[str, Tensor] = {}
     files: list[list[str]] = []
     held = total = 0
@@ -98,11 +100,11 @@ def save_hf(
         return
     files.append(_write_shard(shard, temporary, len(files)))
     _finish_shards(temporary, files, total)
-    _write_config(temporary, config, saved_dtype)
+    _write_config(temporary, config, architecture, saved_dtype)
     for written in temporary.glob("*.safetensors"):  # which the library makes readable by their owner only
         shutil.copymode(temporary / "config.json", written)
-    for file in tokenizer_files:
-        shutil.copy(file, temporary / Path(file).name)
+    for file, content in (companions or {}).items():
+        (temporary / file).write_bytes(content)
     _replace(temporary, folder)
 
 
@@ -138,10 +140,11 @@ def _finish_shards(folder: Path, files: list[list[str]], total: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(folder: Path, config: MptConfig, dtype: torch.dtype | None) -> None:
-    config.save_pretrained(folder)
+def _write_config(folder: Path, config: MptConfig, architecture: str, dtype: torch.dtype | None) -> None:
+    config.save_pretrained(folder, architecture=architecture)
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8")) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    values.pop("dtype", None)  # its newer name, of the file that the configuration was read from
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if ignored := unsupported_by_transformers(config):
         warnings.warn(
@@ -197,48 +200,199 @@ def _remove(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: its shape, its dtype (None where it is no float), and how to read rows a..b of it."""
+class Source:
+    """A checkpoint that is open: what it holds is known, and none of its weights is read yet.
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    rows: Callable[[int, int], Tensor]
+    path: the folder or file. kind: whose form it has. tensors: by the names that an MPT's parameters have here; those
+        of a model without head may lack their `transformer.`. values: the configuration as MptConfig takes it, None
+        where there is none. companions: files that belong to the model, such as its tokenizer's: name -> contents.
+    """
+
+    path: Path
+    kind: Literal["huggingface", "composer", "run"]
+    tensors: dict[str, Stored]
+    values: dict[str, Any] | None
+    companions: dict[str, bytes]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype that the weights are stored in (of the first one)."""
+        return next((s.dtype for s in self.tensors.values() if s.dtype is not None), torch.float32)
+
+    def config(self, **overrides: Any) -> MptConfig:
+        """The configuration, checked; overrides as in MptConfig.from_dict. ValueError where there is none, or it cannot
+        be this checkpoint's.
+        """
+        if self.values is None:
+            raise ValueError(
+                f"{self.path} has no configuration; put the model's config.json "
+                f"{'into it' if self.path.is_dir() else 'beside it'}"
+            )
+        try:
+            config = MptConfig.from_dict(self.values, **overrides)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: its configuration: {error}") from None
+        if config.n_layers > len(self.tensors):  # before anyone makes so many
+            raise ValueError(
+                f"{self.path}: its configuration has n_layers {config.n_layers}, and it holds {len(self.tensors)} "
+                "tensors: they do not belong together"
+            )
+        return config
+
+    def with_head(self) -> dict[str, Stored]:
+        """The tensors by the names that they have in a model with a head."""
+        if any(name.startswith("transformer.") for name in self.tensors):
+            return dict(self.tensors)
+        return {n if n.startswith(ALL_HEADS) else f"transformer.{n}": s for n, s in self.tensors.items()}
+
+
+def open_checkpoint(path_or_name: str | Path, *, revision: str | None = None, check_hashes: bool = False) -> Source:
+    """Find a checkpoint and read what it says of itself: names, shapes, configuration.
+
+    path_or_name: a Hugging Face folder (safetensors or .bin, whole or in shards), a Composer .pt file or a folder with
+        latest-rank0.pt, a training run's folder or its step-N; or a model's name on the hub, at `revision`. Any of them
+        may be of mosaic_gpt.
+    check_hashes: of a training run's checkpoint, which reads all of it. The other forms have none.
+
+    ValueError says what is not there, damaged or refused.
+    """
+    path = hub.local_path(path_or_name, revision=revision)
+    try:
+        source = _read(path, check_hashes)
+    except OSError as error:
+        raise ValueError(f"{error.filename or path} cannot be read ({error.strerror}); copy it again") from None
+    if not mosaic_gpt.is_mosaic_gpt(source.tensors):
+        return source
+    renamed = {mosaic_gpt.present_name(name): stored for name, stored in source.tensors.items()}
+    if len(renamed) < len(source.tensors):
+        raise ValueError(f"{path}: two of its tensors have one name, once mosaic_gpt's names are made MPT's")
+    return replace(source, tensors=renamed)
+
+
+def _read(path: Path, check_hashes: bool) -> Source:
+    form = form_of(path)
+    if form == "composer":
+        path = path / LATEST_COMPOSER if path.is_dir() else path
+        tensors, values, companions = read_composer(path)
+        return Source(path, form, tensors, values or _config_in(path.parent), companions)
+    if form == "run":
+        path, tensors, saved = read_step_folder(path, check_hashes=check_hashes)
+        in_run = path.parent.name == "checkpoints"
+        return Source(path, form, tensors, saved or None, companions_in(path.parents[1] / "export") if in_run else {})
+    found = read_folder(path)
+    if found is None:
+        raise ValueError(
+            f"{path} holds neither model.safetensors nor pytorch_model.bin, whole or with an index, "
+            f"nor {LATEST_COMPOSER}, nor checkpoints of a training run"
+        )
+    return Source(path, form, found, _config_in(path), companions_in(path))
+
+
+def _config_in(folder: Path) -> dict[str, Any] | None:
+    path = folder / hub.CONFIG
+    return read_json(path) if path.exists() else None
+
+
+def companions_in(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that belong to a model beside its weights and configuration: name -> contents."""
+    return {file: (folder / file).read_bytes() for file in hub.COMPANIONS if (folder / file).is_file()}
+
+
+def form_of(path: Path) -> Literal["huggingface", "composer", "run"]:
+    """Whose form a path that exists has, told by what is there; "huggingface" where nothing tells."""
+    if path.is_file():
+        if path.name.endswith((".safetensors", ".bin", ".json")):
+            raise ValueError(f"{path} is a part of a model's folder; give the folder, {path.parent}")
+        return "composer"
+    if any((path / f"{file}{suffix}").exists() for file in hub.WEIGHTS for suffix in ("", ".index.json")):
+        return "huggingface"
+    if (path / LATEST_COMPOSER).exists():
+        return "composer"
+    return "run" if is_run(path) else "huggingface"
+
+
+def load_weights(model: nn.Module, source: Source | str | Path) -> None:
+    """Copy a checkpoint's weights onto `model`, tensor by tensor, to where each parameter is.
+
+    Parameters may be DTensors sharded along rows: each rank reads its own rows.
+
+    source: as `open_checkpoint` takes or gives it. Values are cast to the parameters' dtypes. ValueError holds a table
+    of the missing, unexpected and misshapen weights, and nothing is copied then. Warns of a head that is initialised or
+    left out, as `match` does, and where the checkpoint's configuration describes another behaviour than `model.config`.
+    """
+    if not isinstance(source, Source):
+        source = open_checkpoint(source, check_hashes=True)
+    stored = match(model, source)
+    compare_config(model.config, source)  # type: ignore[arg-type]
+    fill(model, stored)
 
 
 @torch.no_grad()
-def load_hf(model: nn.Module, folder: str | Path) -> None:
-    """Copy a Hugging Face folder's weights onto `model`, whose parameters may be DTensors sharded along rows; each rank
-    reads its own rows.
-
-    Reads model.safetensors or pytorch_model.bin, whole or in shards with an index; values are cast to the parameters'
-    dtypes. ValueError holds a table of the missing, unexpected and misshapen weights, and nothing is copied then; or it
-    names the file that is absent, damaged, outside the folder, or holds a name twice. Warns where the folder's
-    config.json describes another behaviour than `model.config`.
-    """
-    folder = Path(folder)
-    stored = stored_tensors(folder)
-    has_head = hasattr(model, "transformer")
-    if has_head and not any(name.startswith("transformer.") for name in stored):
-        stored = {name if name.startswith("lm_head.") else f"transformer.{name}": s for name, s in stored.items()}
-    if not has_head:
-        stored = {name.removeprefix("transformer."): s for name, s in stored.items() if not name.startswith("lm_head.")}
-    parameters = {plain_name(name): p for name, p in model.named_parameters()}
-    if has_head and "lm_head.weight" not in parameters:
-        _drop_tied_head(stored, folder)
-    _compare(parameters, stored, folder)
-    _compare_config(model.config, folder)  # type: ignore[arg-type]
+def fill(model: nn.Module, stored: Mapping[str, Stored]) -> None:
+    """Copy onto each parameter of `model` what `match` found for it; initialise the head that it did not find."""
+    parameters = _parameters(model)
+    if fresh := parameters.keys() - stored.keys():
+        init_weights(model, int(torch.randint(2**62, (), device="cpu")), only=fresh)
     for name, parameter in parameters.items():
+        if name in fresh:
+            continue
         local, first = local_rows(name, parameter.detach())
         if local.shape[0]:
-            local.copy_(stored[name].rows(first, first + local.shape[0]))
+            stored[name].copy_to(local, first)
 
 
-def dtype_of(folder: str | Path) -> torch.dtype:
-    """The floating dtype a folder's weights are stored in (of the first one)."""
-    return next((s.dtype for s in stored_tensors(Path(folder)).values() if s.dtype is not None), torch.float32)
+def match(model: nn.Module, source: Source) -> dict[str, Stored]:
+    """What of a checkpoint goes onto each parameter of `model`, which may still be on meta, by the parameter's name.
+
+    Warns where the checkpoint has none of a classifier's head, which is then to be initialised, and where it has other
+    classes' heads. ValueError holds a table of what else does not fit.
+    """
+    parameters = {name: tuple(p.shape) for name, p in _parameters(model).items()}
+    if hasattr(model, "transformer"):
+        stored = source.with_head()
+        if hasattr(model, "lm_head") and "lm_head.weight" not in parameters:
+            _drop_tied_head(stored, source.path)
+    else:
+        named = source.tensors.items()
+        stored = {name.removeprefix("transformer."): s for name, s in named if not name.startswith(ALL_HEADS)}
+    fresh = _fresh_head(model, parameters, stored, source.path)
+    compare({name: shape for name, shape in parameters.items() if name not in fresh}, stored, source.path)
+    return stored
 
 
-def _drop_tied_head(stored: dict[str, Stored], folder: Path) -> None:
+def _fresh_head(model: nn.Module, wanted: Iterable[str], stored: dict[str, Stored], path: Path) -> set[str]:
+    """The names of a classifier's head where the checkpoint has none of it. Drops other classes' heads from `stored`,
+    and warns of both.
+    """
+    unused = sorted(name for name in stored if name.startswith(ALL_HEADS) and name not in wanted)
+    for name in unused:
+        del stored[name]
+    head = {name for name in wanted if name.startswith(CLASSIFIERS)}
+    fresh = set() if head & stored.keys() else head
+    said = [f"has no {' and '.join(sorted(fresh))}: initialised at random, train before use"] if fresh else []
+    said += [f"has {' and '.join(unused)}, which {type(model).__name__} does not use"] if unused else []
+    if said:
+        warnings.warn(f"{path} {'; it '.join(said)}", stacklevel=4)
+    return fresh
+
+
+def causal_lm_tensors(source: Source, config: MptConfig) -> dict[str, Stored]:
+    """Every parameter that an MptForCausalLM of this configuration has, by name, in the model's order.
+
+    ValueError holds a table of what does not fit.
+    """
+    stored, shapes = source.with_head(), parameter_shapes(config)
+    if config.tie_word_embeddings:
+        _drop_tied_head(stored, source.path)
+    compare(shapes, stored, source.path)
+    return {name: stored[name] for name in shapes}
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def _drop_tied_head(stored: dict[str, Stored], path: Path) -> None:
     head, wte = stored.pop("lm_head.weight", None), stored.get("transformer.wte.weight")
     if head is None or wte is None:
         return
@@ -248,189 +402,40 @@ def _drop_tied_head(stored: dict[str, Stored], folder: Path) -> None:
     )
     if not same:
         raise ValueError(
-            f"{folder}: lm_head.weight differs from wte.weight; set tie_word_embeddings to False to keep both"
+            f"{path}: lm_head.weight differs from wte.weight; set tie_word_embeddings to False to keep both"
         )
 
 
-def _compare(parameters: dict[str, nn.Parameter], stored: dict[str, Stored], folder: Path) -> None:
-    lines = [f"missing     {name} {tuple(p.shape)}" for name, p in parameters.items() if name not in stored]
-    lines += [f"unexpected  {_short(name)} {s.shape}" for name, s in stored.items() if name not in parameters]
-    for name, p in parameters.items():
-        if name in stored and (s := stored[name]).shape != tuple(p.shape):
-            lines.append(f"shape       {name} expected {tuple(p.shape)}, found {s.shape}")
-        elif name in stored and s.dtype is None:
+def compare(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], path: Path) -> None:
+    """ValueError with a table where the checkpoint at `path` lacks a name, has one too many, or has another shape."""
+    lines = [f"missing     {name} {shape}" for name, shape in wanted.items() if name not in stored]
+    lines += [f"unexpected  {short(name)} {s.shape}" for name, s in stored.items() if name not in wanted]
+    for name, shape in wanted.items():
+        if name in stored and stored[name].shape != shape:
+            lines.append(f"shape       {name} expected {shape}, found {stored[name].shape}")
+        elif name in stored and stored[name].dtype is None:
             lines.append(f"dtype       {name} is stored as no kind of float")
     if lines:
         more = [f"... and {len(lines) - TABLE_LINES} more"] if len(lines) > TABLE_LINES else []
         table = "\n  ".join(lines[:TABLE_LINES] + more)
-        raise ValueError(f"{folder} does not fit the model, {len(lines)} weights differ:\n  {table}")
+        raise ValueError(f"{path} does not fit the model, {len(lines)} weights differ:\n  {table}")
 
 
-def _compare_config(config: MptConfig, folder: Path) -> None:
-    path = folder / "config.json"
-    if not path.is_file():
+def compare_config(config: MptConfig, source: Source) -> None:
+    """Warn where the checkpoint's configuration describes another behaviour than `config`."""
+    if source.values is None:
         return
-    theirs = _json(path, path.read_bytes())
-    attn = theirs.get("attn_config") or {}
-    if not isinstance(attn, dict):
-        raise ValueError(f"{path}: attn_config is {_short(repr(attn))}; it must be a mapping")
+    theirs = source.values
+    if theirs.get("model_type") == mosaic_gpt.MODEL_TYPE:
+        theirs = mosaic_gpt.config(theirs)
+    try:
+        theirs = foundry_defaults(theirs)
+        attn = mapping("attn_config", theirs.get("attn_config"))
+    except ValueError as error:
+        raise ValueError(f"{source.path}: its configuration: {error}") from None
     pairs = [(key, theirs[key], getattr(config, key)) for key in BEHAVIOUR if key in theirs]
     pairs += [
         (f"attn_config.{key}", attn[key], getattr(config.attn_config, key)) for key in ATTN_BEHAVIOUR if key in attn
     ]
     if differing := [f"{key} {old} there, {new} here" for key, old, new in pairs if (old or None) != (new or None)]:
-        warnings.warn(f"{folder}/config.json describes another model: {'; '.join(differing)}", stacklevel=3)
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder, by name."""
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is not a folder; download the model first, and give the folder that holds its config.json"
-        )
-    for single, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
-        whole, index = folder / single, folder / f"{single}.index.json"
-        try:
-            if whole.exists():
-                return read(whole)
-            if index.exists():
-                return _read_shards(index, read)
-        except OSError as error:
-            raise ValueError(f"{error.filename or whole} cannot be read ({error.strerror}); copy it again") from None
-    raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin, whole or with an index")
-
-
-def _read_shards(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
-    weight_map = _json(index, index.read_bytes()).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index} has no weight_map from names to files")
-    out: dict[str, Stored] = {}
-    for file in dict.fromkeys(weight_map.values()):
-        # A name that leads out of the folder is an attack. (The file itself may be a link: that is how hub downloads
-        # are laid out.)
-        if Path(file).name != file or file in ("", "..") or "\\" in file or "\0" in file:
-            raise ValueError(
-                f"{index} names the file {_short(repr(file))}; shards must be plain file names in its own folder"
-            )
-        if not _is_file(index.parent / file):
-            raise ValueError(f"{index} names the file {_short(file)}, which does not exist")
-        for name, stored in read(index.parent / file).items():
-            if name in out or weight_map.get(name) != file:
-                where = weight_map.get(name, "no file")
-                raise ValueError(
-                    f"{index.parent / file} holds {name}, which the index puts into {where}; a name must be in one file"
-                )
-            out[name] = stored
-    if absent := weight_map.keys() - out.keys():
-        name = min(absent)
-        raise ValueError(f"{index} puts {name} into {weight_map[name]}, which does not hold it")
-    return out
-
-
-def _read_safetensors(path: Path) -> dict[str, Stored]:
-    """The header, read here rather than by the library, which takes the last of two tensors with one name."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
-        if size < 8 or length > size - 8:
-            raise ValueError(f"{path} is truncated or no safetensors file ({size} bytes)")
-        header = _json(path, file.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if not _describes_tensor(entry):
-            raise ValueError(f"{path} is no safetensors file (its header does not describe {_short(name)} as a tensor)")
-    end = _end_of_data(path, header)
-    out = {
-        name: Stored(tuple(entry["shape"]), DTYPES.get(entry["dtype"]), partial(_safetensors_rows, path, name))
-        for name, entry in header.items()
-    }
-    if size != 8 + length + end:
-        raise ValueError(f"{path} is truncated or damaged: {size} bytes, and its header says {8 + length + end}")
-    return out
-
-
-def _describes_tensor(entry: object) -> bool:
-    def counts(value: object) -> bool:
-        return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("dtype"), str)
-        and counts(entry.get("shape"))
-        and counts(entry.get("data_offsets"))
-        and len(entry["data_offsets"]) == 2
-    )
-
-
-def _end_of_data(path: Path, header: dict[str, Any]) -> int:
-    """Where the last tensor ends. ValueError unless each has its shape's bytes and begins where the one before ends."""
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (start, stop), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
-        needed = math.prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else stop - start
-        if start != end or stop < start or stop - start != needed:
-            raise ValueError(
-                f"{path} is damaged: its header puts {_short(name)} ({dtype}, {_short(str(shape))}) at bytes "
-                f"{start} to {stop}, after {end} bytes of others; copy it again"
-            )
-        end = stop
-    return end
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _safetensors_rows(path: Path, name: str, start: int, stop: int) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_slice(name)[start:stop]
-
-
-def _read_bin(path: Path) -> dict[str, Stored]:
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # the unpickler raises many kinds; each means that the file cannot be trusted
-        raise ValueError(
-            f"{path} cannot be read as a plain dictionary of tensors ({type(error).__name__}: {error})"
-        ) from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu"
-        for name, t in tensors.items()
-    ):
-        raise ValueError(f"{path} is not a plain dictionary of tensors (named, dense, and with values)")
-    return {
-        name: Stored(tuple(t.shape), t.dtype if t.is_floating_point() else None, partial(_tensor_rows, t))
-        for name, t in tensors.items()
-    }
-
-
-def _tensor_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
-    return tensor[start:stop]
-
-
-def _json(path: Path, text: bytes) -> dict[str, Any]:
-    """A JSON object in which no name occurs twice."""
-    repeated: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            repeated.append(Counter(name for name, _ in pairs).most_common(1)[0][0])
-        return out
-
-    try:
-        values = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a bare ValueError
-        raise ValueError(f"{path} is damaged: its JSON does not parse ({error})") from None
-    if repeated:
-        raise ValueError(f"{path} names {_short(repr(repeated[0]))} twice")
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return values
+        warnings.warn(f"{source.path} describes another model: {'; '.join(differing)}", stacklevel=3)

@@ -1,13 +1,17 @@
 """MptConfig: the shape and behaviour of an MPT, from Hugging Face or llm-foundry keys, every field checked."""
 
+import copy
 import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, ClassVar, get_args, get_origin
+
+from mpt import hub, mosaic_gpt
 
 LIMIT = 2**31  # of every size: beyond it kernels could not count in 32 bits
 ATTN_TYPES = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
@@ -23,6 +27,7 @@ INIT_NAMES = (
     "xavier_uniform_",
 )
 NONLINEARITIES = ("relu", "leaky_relu", "tanh", "sigmoid", "linear", "selu")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 ALIASES = {
     "hidden_size": "d_model",
@@ -30,18 +35,19 @@ ALIASES = {
     "num_hidden_layers": "n_layers",
     "norm_eps": "layer_norm_epsilon",
 }
+MOST_LABELS = 2**20  # every one gets a name: a number from a foreign file must not fill the memory
+LABEL_KEYS = frozenset({"num_labels", "id2label", "label2id"})  # three names of one thing
 
-# Bookkeeping that transformers and llm-foundry write into any configuration; none of it changes what a causal LM
-# computes.
+# Bookkeeping that transformers and llm-foundry write into any configuration: kept and written back; none of it changes
+# what an MPT computes.
 BOOKKEEPING = frozenset(
     """
-    architectures auto_map chunk_size_feed_forward dtype finetuning_task hidden_dropout classifier_dropout id2label
-    is_decoder is_encoder_decoder label2id _name_or_path name_or_path num_labels problem_type tokenizer_class
-    tokenizer_name torch_dtype torchscript transformers_version use_bfloat16 verbose loss_fn _attn_implementation
-    attn_implementation _attn_implementation_autoset _attn_implementation_internal sep_token_id
-    decoder_start_token_id task_specific_params prefix tf_legacy_loss max_length min_length do_sample early_stopping
-    num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    architectures auto_map chunk_size_feed_forward dtype finetuning_task is_decoder is_encoder_decoder _name_or_path
+    name_or_path tokenizer_class tokenizer_name torch_dtype torchscript transformers_version use_bfloat16 verbose
+    loss_fn _attn_implementation attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    sep_token_id decoder_start_token_id task_specific_params prefix tf_legacy_loss max_length min_length do_sample
+    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
+    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
     return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens use_pad_tok_in_ffn
     """.split()  # noqa: SIM905
@@ -51,7 +57,8 @@ ATTN_BOOKKEEPING = BOOKKEEPING | frozenset(
     """
     model_type output_attentions output_hidden_states return_dict use_cache tie_word_embeddings bos_token_id
     eos_token_id pad_token_id pruned_heads add_cross_attention cross_attention_hidden_size tie_encoder_decoder
-    rope_theta rope_impl rope_dail_config rope_hf_config
+    hidden_dropout classifier_dropout id2label label2id num_labels problem_type rope_theta rope_impl rope_dail_config
+    rope_hf_config
     """.split()  # noqa: SIM905
 )
 
@@ -87,6 +94,8 @@ FFN_INERT: dict[str, tuple[Any, ...]] = {
 class MptAttentionConfig:
     """The attention's part of an MptConfig; takes its fields as keywords. ValueError names the field and its value.
 
+    Fields are also items, as in the published models' code: `config.attn_config["attn_impl"] = "flash"`.
+
     attn_type: multihead_attention, multiquery_attention, or grouped_query_attention with kv_n_heads key/value heads.
     attn_pdrop: dropout of the attention probabilities, 0 <= p < 1.
     attn_impl: torch, flash or triton, all giving the same numbers.
@@ -109,6 +118,7 @@ class MptAttentionConfig:
     alibi: bool = True
     alibi_bias_max: float = 8.0
     kv_n_heads: int | None = None
+    _extra: ClassVar[dict[str, Any]]  # an instance's, but no field: keys without effect, kept to be written back
 
     def __init__(self, **values: Any) -> None:
         _fill(self, values, ATTN_BOOKKEEPING, ATTN_INERT, "attn_config.")
@@ -130,9 +140,20 @@ class MptAttentionConfig:
         if self.alibi_bias_max <= 0:
             raise ValueError(f"{where}alibi_bias_max is {self.alibi_bias_max}; it must be positive")
 
-    def to_dict(self) -> dict[str, Any]:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "_extra" and name not in (names := [f.name for f in fields(self)]):
+            raise AttributeError(f"MptAttentionConfig has no field {name!r}{_nearest(name, names)}")
+        object.__setattr__(self, name, value)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.to_dict()[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+
+    def to_dict(self, *, extra: bool = True) -> dict[str, Any]:
         """Plain values, in the types that transformers parses (a whole number as an int where it wants one)."""
-        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        out = (self._extra if extra else {}) | {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("attn_pdrop", "alibi_bias_max"):
             out[name] = _whole(out[name])
         if self.kv_n_heads is None:
@@ -154,6 +175,7 @@ class MptInitConfig:
     init_div_is_residual: bool | float | str = True
     emb_init_std: float | None = None
     emb_init_uniform_lim: float | list[float] | None = None
+    _extra: ClassVar[dict[str, Any]]
 
     def __init__(self, **values: Any) -> None:
         _fill(self, values, frozenset({"verbose"}), {}, "init_config.")
@@ -201,9 +223,9 @@ class MptInitConfig:
             )
         return divisor
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *, extra: bool = True) -> dict[str, Any]:
         """Plain values."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return (self._extra if extra else {}) | {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(init=False)
@@ -212,18 +234,35 @@ class MptConfig:
 
     Mutable; `check()` runs at construction and again when a model is built from it. ValueError names the field, its
     value and what it may be. `hidden_size`, `num_attention_heads`, `num_hidden_layers` and `norm_eps` are accepted,
-    readable and settable aliases. Keys that libraries write into every configuration are skipped; any other unknown key
-    is an error. With llm-foundry's `name: mpt_causal_lm`, keys left out take llm-foundry's defaults: no ALiBi, biases,
-    and `init_config` (kaiming_normal_).
+    readable and settable aliases. Keys that libraries write into every configuration (`auto_map`, `verbose`, ...) are
+    kept, readable as attributes, and written back; any other unknown key is an error. With llm-foundry's
+    `name: mpt_causal_lm`, keys left out take llm-foundry's defaults: no ALiBi, biases, and `init_config`
+    (kaiming_normal_). With `model_type: mosaic_gpt` the keys are those of MPT's predecessor.
 
+    d_model: width of the embeddings and hidden states; n_heads must divide it.
+    n_heads, n_layers: attention heads of a block, and blocks.
     expansion_ratio: width of the MLP over d_model.
+    max_seq_len: where learned positions end; with ALiBi no limit.
+    vocab_size: rows of the embeddings; token ids are below it.
+    resid_pdrop, emb_pdrop: dropout of what attention and MLP add to the residual stream, and of the embeddings.
+    layer_norm_epsilon: of every norm.
     learned_pos_emb: embeddings of positions up to max_seq_len; without ALiBi only, which has no such limit.
+    attn_config: a mapping, or an MptAttentionConfig, which see.
     embedding_fraction: f in (0, 1] scales the gradient of the embeddings.
     logit_scale: None, a number, or 'inv_sqrt_d_model'.
+    use_cache: in eval mode forward returns a cache of keys and values where its own use_cache is None.
     no_bias: no bias anywhere, norms included; lm_head and RMSNorm never have one.
     norm_type: layernorm, rmsnorm, or one of them after low_precision_, in any case.
-    init_device: cpu, cuda, meta, or mixed (node-local rank 0 on cpu, the others meta).
+    init_device: cpu, cuda (or cuda:0, ...), meta, or mixed (node-local rank 0 on cpu, the others meta).
     init_config: how weights start; without it normal(0, initializer_range).
+    return_dict, output_hidden_states, output_attentions: what forward does unless its arguments say it.
+    tie_word_embeddings: lm_head's weight is the embeddings'.
+    pad_token_id, bos_token_id, eos_token_id: special tokens; None where there is none. There may be several eos.
+    id2label: the names of a classifier's labels, {0: "LABEL_0", 1: "LABEL_1"} unless given. `num_labels` is their
+        number and `label2id` the inverse; either may be given, and set, in place of id2label.
+    problem_type: of a sequence classifier: regression, single_label_classification, multi_label_classification, or
+        None, which is decided by num_labels and the labels' dtype.
+    classifier_dropout: before a token classifier; None means hidden_dropout, and where that is None too, 0.1.
     """
 
     d_model: int = 2048
@@ -252,9 +291,16 @@ class MptConfig:
     return_dict: bool = True
     output_hidden_states: bool = False
     output_attentions: bool = False
+    id2label: dict[int, str] = None  # type: ignore[assignment]  # __init__ fills it
+    problem_type: str | None = None
+    classifier_dropout: float | None = None
+    hidden_dropout: float | None = None
+    _extra: ClassVar[dict[str, Any]]
 
     def __init__(self, **values: Any) -> None:
-        values = _foundry_defaults(values)
+        if values.get("model_type") == mosaic_gpt.MODEL_TYPE:
+            values = mosaic_gpt.config(values)
+        values = _label_names(foundry_defaults(values))
         for alias, name in ALIASES.items():
             if alias in values:
                 value = values.pop(alias)
@@ -265,16 +311,19 @@ class MptConfig:
                 values[name] = value
         model_type = values.pop("model_type", "mpt")
         if model_type != "mpt":
-            raise ValueError(f"model_type is {model_type!r}; only 'mpt' configurations can be read")
+            raise ValueError(f"model_type is {model_type!r}; only those of 'mpt' and 'mosaic_gpt' can be read")
         attention_bias = values.pop("attention_bias", None)
-        _check_inert(values.pop("ffn_config", None) or {}, FFN_INERT, "ffn_config.", partial=False)
+        ffn = mapping("ffn_config", values.pop("ffn_config", None))
+        _check_inert(ffn, FFN_INERT, "ffn_config.", partial=False)
         attn, init = values.pop("attn_config", None), values.pop("init_config", None)
         _fill(self, values, BOOKKEEPING, INERT, "")
+        if ffn:
+            self._extra["ffn_config"] = ffn
         self.attn_config = (
-            attn if isinstance(attn, MptAttentionConfig) else MptAttentionConfig(**_mapping("attn_config", attn))
+            attn if isinstance(attn, MptAttentionConfig) else MptAttentionConfig(**mapping("attn_config", attn))
         )
         self.init_config = (
-            init if init is None or isinstance(init, MptInitConfig) else MptInitConfig(**_mapping("init_config", init))
+            init if init is None or isinstance(init, MptInitConfig) else MptInitConfig(**mapping("init_config", init))
         )
         if attention_bias is not None and attention_bias == self.no_bias:
             raise ValueError(f"attention_bias is {attention_bias} and no_bias is {self.no_bias}; set no_bias only")
@@ -299,8 +348,9 @@ class MptConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
             if getattr(self, name) >= LIMIT:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be below 2**31")
-        for name in ("resid_pdrop", "emb_pdrop"):
-            _between(name, getattr(self, name), 0, 1)
+        for name in ("resid_pdrop", "emb_pdrop", "classifier_dropout", "hidden_dropout"):
+            if (p := getattr(self, name)) is not None:
+                _between(name, p, 0, 1)
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; change one of them")
         if self.d_model * self.expansion_ratio >= LIMIT:
@@ -321,11 +371,11 @@ class MptConfig:
             raise ValueError(f"initializer_range is {self.initializer_range}; a standard deviation is not negative")
         self.norm_type = self.norm_type.lower()
         _one_of("norm_type", self.norm_type, NORM_TYPES)
-        _one_of("init_device", self.init_device, ("cpu", "cuda", "meta", "mixed"))
-        if self.use_cache:
-            raise ValueError("use_cache is True; this version has no key/value cache: set it to False")
+        if not re.fullmatch(r"cuda:\d+", self.init_device):
+            _one_of("init_device", self.init_device, ("cpu", "cuda", "meta", "mixed"))
         self._check_kv_heads()
         self._check_token_ids()
+        self._check_labels()
 
     @property
     def learned_positions(self) -> bool:
@@ -352,6 +402,36 @@ class MptConfig:
                     raise ValueError(
                         f"{name} is {value}; ids must be in 0..{self.vocab_size - 1} (vocab_size {self.vocab_size})"
                     )
+
+    def _check_labels(self) -> None:
+        if not self.id2label or sorted(self.id2label) != list(range(len(self.id2label))):
+            raise ValueError(f"id2label names the labels {sorted(self.id2label)}; they must be 0, 1, ... without gaps")
+        if self.problem_type is not None:
+            _one_of("problem_type", self.problem_type, PROBLEM_TYPES)
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "problem_type is 'single_label_classification' and num_labels is 1, which leaves nothing to decide; "
+                "two classes are num_labels 2, one number is problem_type 'regression'"
+            )
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels a classifier has. Setting another number renames them LABEL_0, LABEL_1, ..."""
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, number: int) -> None:
+        if number != len(self.id2label):
+            self.id2label = _label_names({"num_labels": number})["id2label"]
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The inverse of id2label. Setting it sets id2label."""
+        return {name: i for i, name in self.id2label.items()}
+
+    @label2id.setter
+    def label2id(self, ids: dict[str, int]) -> None:
+        self.id2label = _label_names({"label2id": ids})["id2label"]
 
     @property
     def kv_heads(self) -> int:
@@ -387,36 +467,71 @@ class MptConfig:
     def __getattr__(self, name: str) -> Any:  # called only where normal lookup finds nothing
         if name in ALIASES:
             return getattr(self, ALIASES[name])
+        kept = {"verbose": 0} | self.__dict__.get("_extra", {})
+        if name in kept:
+            return kept[name]
         raise AttributeError(f"MptConfig has no field {name!r}{_nearest(name, [f.name for f in fields(MptConfig)])}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         name = ALIASES.get(name, name)
-        if name not in MptConfig.__dataclass_fields__:
+        if name in BOOKKEEPING:
+            self._extra[name] = value
+        elif name in MptConfig.__dataclass_fields__ or name in ("num_labels", "label2id"):
+            object.__setattr__(self, name, value)
+        else:
             raise AttributeError(
                 f"MptConfig has no field {name!r}{_nearest(name, [f.name for f in fields(MptConfig)])}"
             )
-        object.__setattr__(self, name, value)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "MptConfig":
-        """From a Hugging Face config.json or an llm-foundry model section; `values` is left as it is."""
-        return cls(**_mapping("the configuration", values))
+    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> "MptConfig":
+        """From a Hugging Face config.json or an llm-foundry model section; `values` is left as it is.
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values under their own names, as transformers parses them; `from_dict` gives an equal configuration."""
-        out: dict[str, Any] = {"model_type": "mpt"} | {f.name: getattr(self, f.name) for f in fields(self)}
+        overrides: fields to take instead of what `values` has, under any of their names; of attn_config and
+            init_config, those that are given.
+        """
+        values = mapping("the configuration", values)
+        if values.get("model_type") == mosaic_gpt.MODEL_TYPE:
+            values = mosaic_gpt.config(values)
+        for part in ("attn_config", "init_config"):
+            if isinstance(old := values.get(part), Mapping) and isinstance(new := overrides.get(part), Mapping):
+                overrides[part] = {**old, **new}
+        replaced = {ALIASES.get(key, key) for key in overrides}
+        if LABEL_KEYS & replaced:
+            replaced |= LABEL_KEYS
+        return cls(
+            **{key: value for key, value in values.items() if ALIASES.get(key, key) not in replaced}, **overrides
+        )
+
+    def to_dict(self, *, extra: bool = True) -> dict[str, Any]:
+        """Plain values under their own names, as transformers parses them; `from_dict` gives an equal configuration.
+
+        What only classifiers need is left out where it is the default; without `extra`, so are the keys that are kept
+        but have no effect.
+        """
+        out: dict[str, Any] = (copy.deepcopy(self._extra) if extra else {}) | {"model_type": "mpt"}
+        out |= {f.name: getattr(self, f.name) for f in fields(self)}
         out["expansion_ratio"] = _whole(self.expansion_ratio)
-        out["attn_config"] = self.attn_config.to_dict()
+        out["attn_config"] = self.attn_config.to_dict(extra=extra)
         if self.init_config is None:
             del out["init_config"]
         else:
-            out["init_config"] = self.init_config.to_dict()
+            out["init_config"] = self.init_config.to_dict(extra=extra)
+        out |= {"id2label": {str(i): name for i, name in self.id2label.items()}, "label2id": self.label2id}
+        if self.id2label == _label_names({})["id2label"]:
+            del out["id2label"], out["label2id"]
+        for name in ("problem_type", "classifier_dropout", "hidden_dropout"):
+            if out[name] is None:
+                del out[name]
         return out
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "MptConfig":
-        """From the config.json in a folder. ValueError where there is none or it is no JSON object."""
-        path = Path(folder) / "config.json"
+    def from_pretrained(cls, path_or_name: str | Path, *, revision: str | None = None, **overrides: Any) -> "MptConfig":
+        """From the config.json in a folder, or of a model on the hub (revision: a branch, tag or commit of it).
+
+        overrides: as in from_dict. ValueError where there is none or it is no JSON object.
+        """
+        path = hub.local_path(path_or_name, revision=revision, weights=False) / "config.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -426,21 +541,41 @@ class MptConfig:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error})") from None
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values, **overrides)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json into `folder`, which is made where it does not exist."""
+    def save_pretrained(self, folder: str | Path, *, architecture: str | None = None) -> None:
+        """Write config.json into `folder`, which is made where it does not exist.
+
+        architecture: the class that the configuration is of; None keeps what it says, else MptForCausalLM.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict() | {"architectures": ["MptForCausalLM"]}, indent=2, sort_keys=True)
+        values = {"architectures": ["MptForCausalLM"]} | self.to_dict()
+        if architecture is not None:
+            values["architectures"] = [architecture]
+        text = json.dumps(values, indent=2, sort_keys=True, default=_dtype_name)
         (Path(folder) / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def parameter_shapes(config: MptConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter of an MptForCausalLM, in the model's order; tied logits have no lm_head of their
-    own.
-    """
+def head_shapes(config: MptConfig, architecture: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what a class has on top of MptModel's parameters; tied logits have no lm_head of their own."""
+    d = config.d_model
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "MptModel": {},
+        "MptForCausalLM": {} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, d)},
+        "MptForSequenceClassification": {"score.weight": (config.num_labels, d)},
+        "MptForTokenClassification": {
+            "classifier.weight": (config.num_labels, d),
+            "classifier.bias": (config.num_labels,),
+        },
+        "MptForQuestionAnswering": {"qa_outputs.weight": (2, d), "qa_outputs.bias": (2,)},
+    }
+    return shapes[architecture]
+
+
+def parameter_shapes(config: MptConfig, architecture: str = "MptForCausalLM") -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of a class, in the model's order."""
     d, q, kv, f = config.d_model, config.n_heads * config.d_head, config.kv_heads * config.d_head, config.d_ffn
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -465,9 +600,9 @@ def parameter_shapes(config: MptConfig) -> dict[str, tuple[int, ...]]:
         add(block + "ffn.up_proj", (f, d), linear_bias)
         add(block + "ffn.down_proj", (d, f), linear_bias)
     add("transformer.norm_f", (d,), config.norm_bias)
-    if not config.tie_word_embeddings:
-        add("lm_head", (config.vocab_size, d), False)
-    return shapes
+    if architecture == "MptModel":
+        return {name.removeprefix("transformer."): shape for name, shape in shapes.items()}
+    return shapes | head_shapes(config, architecture)
 
 
 def count_parameters(config: MptConfig) -> int:
@@ -478,19 +613,23 @@ def count_parameters(config: MptConfig) -> int:
 def _fill(
     config: Any, values: Mapping[str, Any], bookkeeping: frozenset[str], inert: dict[str, tuple[Any, ...]], where: str
 ) -> None:
-    """Set every field from `values` or its default; skip bookkeeping, check inert keys, refuse the rest by name."""
+    """Set every field from `values` or its default; keep bookkeeping and inert keys, the latter checked, in `_extra`;
+    refuse the rest by name.
+    """
     names = [f.name for f in fields(config)]
     for key in values:
         if key not in names and key not in inert and key not in bookkeeping:
-            raise ValueError(f"unknown key {where}{key} (= {values[key]!r}){_nearest(key, names)}")
+            near = _nearest(key, names if where else [*names, *LABEL_KEYS, *ALIASES])
+            raise ValueError(f"unknown key {where}{key} (= {values[key]!r}){near}")
     _check_inert(values, inert, where, partial=True)
+    object.__setattr__(config, "_extra", {key: value for key, value in values.items() if key not in names})
     for f in fields(config):
         setattr(config, f.name, values.get(f.name, f.default))
 
 
 def _check_inert(values: Any, inert: dict[str, tuple[Any, ...]], where: str, *, partial: bool) -> None:
     """ValueError where a key of `inert` has a value this model cannot honour, or (not partial) another key is there."""
-    for key, value in _mapping(where.rstrip("."), values).items():
+    for key, value in mapping(where.rstrip("."), values).items():
         if key in inert and value not in inert[key]:
             allowed = " or ".join(repr(v) for v in inert[key])
             raise ValueError(f"{where}{key} is {value!r}; this model supports only {allowed}")
@@ -498,7 +637,7 @@ def _check_inert(values: Any, inert: dict[str, tuple[Any, ...]], where: str, *, 
             raise ValueError(f"unknown key {where}{key} (= {value!r}){_nearest(key, list(inert))}")
 
 
-def _foundry_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+def foundry_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `values`; where it is an llm-foundry model section (it has `name`), with llm-foundry's defaults for
     what it lacks.
     """
@@ -509,13 +648,36 @@ def _foundry_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"name is {name!r}; the one model there is is 'mpt_causal_lm'")
     attn = values.get("attn_config")
     if not isinstance(attn, MptAttentionConfig):
-        values["attn_config"] = {"alibi": False} | _mapping("attn_config", attn)
+        values["attn_config"] = {"alibi": False} | mapping("attn_config", attn)
     if values.get("init_config") is None:
         values["init_config"] = {}
     return {"no_bias": False} | values
 
 
-def _mapping(name: str, values: Any) -> dict[str, Any]:
+def _label_names(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with id2label filled in, from whichever of num_labels, label2id and itself are there."""
+    values = dict(values)
+    number, ids, names = (values.pop(key, None) for key in ("num_labels", "label2id", "id2label"))
+    if number is not None and not (type(number) is int and 0 < number < MOST_LABELS):
+        raise ValueError(f"num_labels is {number!r}; it must be a whole number, positive and below 2**20")
+    names = {int(i) if str(i).isdigit() else i: name for i, name in mapping("id2label", names).items()}
+    ids = mapping("label2id", ids)
+    if ids == {f"LABEL_{i}": i for i in range(len(ids))} and names:
+        ids = {}  # what transformers leaves there when id2label alone is set
+    if not names:
+        names = {i: name for name, i in ids.items()} or {i: f"LABEL_{i}" for i in range(number or 2)}
+    for name, i in ids.items():
+        if names.get(i) != name:
+            raise ValueError(
+                f"label2id says {name!r} is {i!r} and id2label says {i!r} is {names.get(i)!r}; give one of them"
+            )
+    if number not in (None, len(names)):
+        raise ValueError(f"num_labels is {number} and id2label names {len(names)} labels; give one of them")
+    return values | {"id2label": names}
+
+
+def mapping(name: str, values: Any) -> dict[str, Any]:
+    """A copy of a part of a configuration that may be left out. ValueError where it is no mapping."""
     if values is None:
         return {}
     if not isinstance(values, Mapping):
@@ -527,7 +689,7 @@ def _check_types(config: Any, where: str) -> None:
     """Bring each field to one of its annotated types (an int to float where a float is meant), or refuse it by name."""
     for f in fields(config):
         value = getattr(config, f.name)
-        kinds = (get_args(f.type) or (f.type,)) if get_origin(f.type) is not list else (f.type,)
+        kinds = (get_args(f.type) or (f.type,)) if get_origin(f.type) not in (list, dict) else (f.type,)
         setattr(config, f.name, _typed(where + f.name, value, kinds))
 
 
@@ -537,10 +699,16 @@ def _typed(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
         raise ValueError(f"{name} is {value}; it must be finite")
     for kind in kinds:
         item = get_args(kind)
-        if item and isinstance(value, list):
+        if get_origin(kind) is list and isinstance(value, list):
             return [_typed(f"{name}[{i}]", one, item) for i, one in enumerate(value)]
+        if get_origin(kind) is dict and isinstance(value, dict):
+            return {
+                _typed(f"a key of {name}", k, item[:1]): _typed(f"{name}[{k!r}]", v, item[1:]) for k, v in value.items()
+            }
         if kind is float and number:
             return float(value)
+        if kind is int and number and float(value).is_integer():
+            return int(value)
         if not item and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
     wanted = " or ".join("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
@@ -555,6 +723,13 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def _between(name: str, value: float, low: float, high: float) -> None:
     if not low <= value < high:
         raise ValueError(f"{name} is {value}; it must be at least {low} and less than {high}")
+
+
+def _dtype_name(value: Any) -> str:
+    """For JSON: "bfloat16" of a torch.dtype, which users put into `torch_dtype`."""
+    if type(value).__name__ != "dtype":
+        raise TypeError(f"{value!r} cannot be written into a config.json")
+    return str(value).removeprefix("torch.")
 
 
 def _whole(value: float) -> float:

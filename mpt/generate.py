@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from mpt.cache import MptCache
+
 if TYPE_CHECKING:
     from mpt.heads import MptForCausalLM
+
+
+PREFILL = 2048  # tokens of a prompt that are read at once, over all rows
+ROOM = 4096  # new tokens that a cache is made for in advance
+LONGEST_CHARACTER = 5  # tokens whose text may wait: a character has up to 4 bytes
 
 
 class Streamer(Protocol):
@@ -45,6 +52,8 @@ def generate(
     num_return_sequences: int = 1,
     seed: int | None = None,
     streamer: Streamer | None = None,
+    use_cache: bool = True,
+    past_key_values: MptCache | None = None,
 ) -> Tensor:
     """Continue each row of input_ids (B, S): (B * num_return_sequences, S + new tokens), prompts included, left-padded.
 
@@ -58,7 +67,12 @@ def generate(
     stop_strings: a row ends, too, once its new text holds one of them; needs `tokenizer`.
     seed: of the draws; None takes one from torch's generator.
     streamer: receives the prompt and each step's tokens.
+    use_cache: False computes every step from all tokens again: the same tokens, slowly.
+    past_key_values: a cache of the first columns of input_ids, from an earlier call on them; the rest is read, and the
+        cache then holds all but the last token. An empty one is filled.
 
+    A prompt is read in pieces of PREFILL tokens of all rows together, which bounds memory at any length; with prefix_lm
+    at once, since it sees itself both ways.
     The token that ends a row is kept. The model runs in eval mode and is left as it was. ValueError names the argument
     that does not fit.
     """
@@ -74,11 +88,16 @@ def generate(
     pad = next(i for i in (pad_token_id, model.config.pad_token_id, *ends, 0) if i is not None)
 
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    _check_cache(input_ids, mask, use_cache, past_key_values, num_return_sequences)
     ids, mask = _left_padded(input_ids, mask, pad)
+    reader = _Reader(model, ids, mask, past_key_values or (MptCache() if use_cache else None))
+    if reader.cache is not None and len(reader.cache) == 0:
+        reader.cache.capacity = ids.shape[1] + min(max_new_tokens, ROOM)
     ids, mask = (t.repeat_interleave(num_return_sequences, 0) for t in (ids, mask))
-    prompt = ids.shape[1]
-    end_ids = torch.tensor(ends, device=ids.device, dtype=ids.dtype)
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    end_ids = torch.tensor(ends, device=ids.device, dtype=ids.dtype)
+    watches = [StopWatch(stops, tokenizer) for _ in ids] if stops and tokenizer is not None else []
+    seen = None if repetition_penalty == 1 else _seen(ids, mask, model.config.vocab_size)
     generator = torch.Generator(ids.device)
     generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
     if streamer is not None:
@@ -87,19 +106,22 @@ def generate(
     was_training = model.training
     model.eval()
     try:
+        token: Tensor | None = None
         for _ in range(max_new_tokens):
-            scores = _next_scores(model, ids, mask, prompt)
-            scores = _penalised(scores, ids, mask, repetition_penalty)
+            scores = reader.read_prompt(num_return_sequences) if token is None else reader.read(token)
+            if seen is not None:
+                scores = _penalised(scores, seen, repetition_penalty)
             token = _sample(scores, temperature, top_k, top_p, generator) if do_sample else scores.argmax(-1)
             token = token.masked_fill(finished, pad)
             ids = torch.cat((ids, token[:, None]), 1)
-            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+            if seen is not None:
+                seen.scatter_(1, token[:, None], True)
             if streamer is not None:
                 streamer.put(token.cpu())
             finished |= torch.isin(token, end_ids)
-            if stops:
-                assert tokenizer is not None
-                finished |= _holds_stop(ids[:, prompt:], finished, stops, tokenizer)
+            if watches:
+                met = [not done and w.met(t) for done, w, t in zip(finished.tolist(), watches, token.tolist())]
+                finished |= torch.tensor(met, device=ids.device)
             if finished.all():
                 break
     finally:
@@ -154,6 +176,25 @@ def _check(
         )
 
 
+def _check_cache(ids: Tensor, mask: Tensor, use_cache: bool, cache: MptCache | None, sequences: int) -> None:
+    if cache is None:
+        return
+    if not use_cache:
+        raise ValueError("use_cache is False and past_key_values is given; leave one of them out")
+    if sequences > 1:
+        raise ValueError(
+            f"num_return_sequences is {sequences} with past_key_values, whose rows would multiply; repeat the rows of "
+            "input_ids instead"
+        )
+    if len(cache) >= ids.shape[1]:
+        raise ValueError(
+            f"past_key_values holds {len(cache)} columns and input_ids {ids.shape[1]}; give the whole text, with what "
+            "is cached and at least one token more (or crop the cache)"
+        )
+    if len(cache) and not mask[:, -1].all():
+        raise ValueError("attention_mask pads rows on the right and past_key_values is given; pad on the left")
+
+
 def _ids(given: int | Sequence[int] | None) -> list[int]:
     return [] if given is None else [given] if isinstance(given, int) else list(given)
 
@@ -167,23 +208,71 @@ def _left_padded(ids: Tensor, mask: Tensor, pad: int) -> tuple[Tensor, Tensor]:
     return ids.gather(1, source).masked_fill(~mask, pad), mask
 
 
-def _next_scores(model: "MptForCausalLM", ids: Tensor, mask: Tensor, prompt: int) -> Tensor:
-    """fp32 logits (B, V) of the token after each row."""
-    prefix = None
-    if model.config.attn_config.prefix_lm:
-        # The prompt sees itself both ways, a generated token all before it: what a cache would give.
-        prefix = torch.zeros_like(mask)
-        prefix[:, :prompt] = True
-    out = model(ids, attention_mask=mask, prefix_mask=prefix, logits_to_keep=1, return_logits=True, return_dict=True)
-    return out.logits[:, -1].float()
+class _Reader:
+    """Gives the model what is new, and gets fp32 logits (B, V) of the token after each row."""
 
+    def __init__(self, model: "MptForCausalLM", ids: Tensor, mask: Tensor, cache: MptCache | None) -> None:
+        self.model, self.ids, self.mask, self.cache = model, ids, mask, cache
+        self.prefix_lm, self.prompt = model.config.attn_config.prefix_lm, ids.shape[1]
 
-def _penalised(scores: Tensor, ids: Tensor, mask: Tensor, penalty: float) -> Tensor:
-    if penalty == 1:
+    def read_prompt(self, repeats: int) -> Tensor:
+        """Of the prompt, whose rows are from now on there `repeats` times."""
+        if self.cache is None:
+            self.ids, self.mask = (t.repeat_interleave(repeats, 0) for t in (self.ids, self.mask))
+            return self._whole()
+        piece = self.prompt if self.prefix_lm else max(PREFILL // len(self.ids), 1)
+        for first in range(len(self.cache), self.prompt, piece):
+            end = min(first + piece, self.prompt)
+            scores = self._cached(self.ids[:, first:end], self.mask[:, :end])
+        if repeats > 1:
+            self.cache.repeat_interleave(repeats)
+            scores = scores.repeat_interleave(repeats, 0)
         return scores
-    seen = torch.zeros_like(scores, dtype=torch.bool)
+
+    def read(self, token: Tensor) -> Tensor:
+        """Of the rows with one more token (B,) each."""
+        if self.cache is not None:
+            return self._cached(token[:, None], None)
+        self.ids = torch.cat((self.ids, token[:, None]), 1)
+        self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), 1)
+        return self._whole()
+
+    def _cached(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        assert self.cache is not None
+        prefix = ids.new_ones(len(ids), len(self.cache) + ids.shape[1]) if self.prefix_lm else None
+        return self._scores(ids, mask, prefix)
+
+    def _whole(self) -> Tensor:
+        prefix = None
+        if self.prefix_lm:
+            # The prompt sees itself both ways, a generated token all before it: what a cache gives.
+            prefix = torch.zeros_like(self.mask)
+            prefix[:, : self.prompt] = True
+        return self._scores(self.ids, self.mask, prefix)
+
+    def _scores(self, ids: Tensor, mask: Tensor | None, prefix: Tensor | None) -> Tensor:
+        out = self.model(
+            ids,
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
+            attention_mask=mask,
+            prefix_mask=prefix,
+            logits_to_keep=1,
+            return_logits=True,
+            return_dict=True,
+        )
+        return out.logits[:, -1].float()
+
+
+def _seen(ids: Tensor, mask: Tensor, vocab_size: int) -> Tensor:
+    """(B, V) bool: the tokens that a row holds."""
+    seen = torch.zeros(len(ids), vocab_size, dtype=torch.bool, device=ids.device)
     rows, columns = mask.nonzero(as_tuple=True)
     seen[rows, ids[rows, columns]] = True
+    return seen
+
+
+def _penalised(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
@@ -199,10 +288,43 @@ def _sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float,
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _holds_stop(new: Tensor, finished: Tensor, stops: list[str], tokenizer: TextDecoder) -> Tensor:
-    """Which rows' new text holds a stop string; finished rows are not decoded again."""
-    done = finished.tolist()
-    found = [
-        not old and any(s in tokenizer.decode(row) for s in stops) for row, old in zip(new.tolist(), done, strict=True)
-    ]
-    return torch.tensor(found, device=new.device)
+class TextStream:
+    """Text from token ids that come one by one, without decoding all of them again.
+
+    A token may be part of a character: its text then waits for the rest. Decoding begins a few tokens back, since a
+    token's text may depend on the one before it.
+    """
+
+    def __init__(self, tokenizer: TextDecoder) -> None:
+        self.tokenizer = tokenizer
+        self._ids: list[int] = []  # of which the first `_known` tokens' text is out
+        self._known = 0
+
+    def put(self, token: int) -> str:
+        """The text that is complete with this token and was not given yet."""
+        self._ids.append(token)
+        text = self.pending()
+        if text.endswith("\ufffd") and len(self._ids) - self._known < LONGEST_CHARACTER:
+            return ""
+        self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
+        return text
+
+    def pending(self) -> str:
+        """The text that was not given yet, an incomplete character in it as U+FFFD."""
+        known = self.tokenizer.decode(self._ids[: self._known])
+        return self.tokenizer.decode(self._ids)[len(known) :]
+
+
+class StopWatch:
+    """Whether one row's new text holds a stop string, told token by token."""
+
+    def __init__(self, stops: Sequence[str], tokenizer: TextDecoder) -> None:
+        self.stops, self._stream, self._tail = stops, TextStream(tokenizer), ""
+        self._keep = max(map(len, stops)) - 1
+
+    def met(self, token: int) -> bool:
+        """True once the text up to this token holds one of the strings."""
+        text = self._tail + self._stream.put(token)
+        self._tail = text[len(text) - self._keep :] if self._keep < len(text) else text
+        whole = text + self._stream.pending()
+        return any(stop in whole for stop in self.stops)

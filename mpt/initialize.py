@@ -7,6 +7,7 @@ same weights.
 
 import hashlib
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -30,9 +31,9 @@ class Draw:
     b: float = 0.0
 
 
-def init_weights(model: nn.Module, seed: int) -> None:
+def init_weights(model: nn.Module, seed: int, *, only: Container[str] | None = None) -> None:
     """Fill every parameter of an MptModel or a model with a head in place, as `model.config` says (`init_config`, else
-    normal(0, initializer_range)).
+    normal(0, initializer_range)); or only those of the given names.
 
     Parameters may be DTensors sharded along rows (`fully_shard`), in any dtype, on any device but meta. ValueError for
     meta, or another sharding.
@@ -40,6 +41,8 @@ def init_weights(model: nn.Module, seed: int) -> None:
     config: MptConfig = model.config  # type: ignore[assignment]
     for raw_name, parameter in model.named_parameters():
         name = plain_name(raw_name)
+        if only is not None and name not in only:
+            continue
         if not hasattr(model, "transformer"):
             name = f"transformer.{name}"
         if parameter.is_meta:

@@ -1,27 +1,44 @@
 """MptModel: embeddings, pre-norm blocks of attention and MLP, the final norm. Wiring; the arithmetic is in kernels."""
 
+import copy
+import difflib
+import inspect
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import kernels
+from kernels.product import product
 from mpt import checkpoint
+from mpt.cache import CacheStep, LayerStep, MptCache
 from mpt.config import MptConfig
 from mpt.initialize import init_weights
 from mpt.outputs import BaseModelOutputWithPastAndCrossAttentions
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
 
+# Of transformers' from_pretrained: what to do instead here.
+FOREIGN_ARGUMENTS = {
+    "torch_dtype": "its name is dtype",
+    "device_map": "pass device, such as 'cuda'",
+    "trust_remote_code": "code from a checkpoint is never run; leave it out",
+    "low_cpu_mem_usage": "loading never holds the weights twice; leave it out",
+    "attn_implementation": "the kernels are chosen by device (MPT_KERNELS overrides); leave it out",
+}
+
 
 class AttentionRules:
-    """What every block's attention takes besides x: ALiBi's slopes (H,), fp32, and who sees whom, each (B, S) or None.
+    """What every block's attention takes besides x: ALiBi's slopes (H,), fp32, and who sees whom, each (B, S) or None
+    (with a cache (B, past + S), over keys).
 
     A class of its own, neither keywords nor a dataclass: fully_shard casts the floating tensors that it finds in those,
     among a block's arguments, to its own precision, and slopes in bf16 are wrong by up to 0.4 %.
@@ -76,10 +93,29 @@ class MptNorm(nn.Module):
         return kernels.layer_norm(x, weight, bias, eps=self.eps, residual=residual)
 
 
+class MptLinear(nn.Linear):
+    """nn.Linear, by the fastest product there is where nothing is differentiated: generation reads weights that way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) weight^T + bias; see MptLinear."""
+    kind = x.device.type
+    if torch.is_grad_enabled() or kind != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled(kind):
+        return F.linear(x, weight, bias)
+    if type(weight) is not nn.Parameter or weight.dtype != x.dtype:  # DTensor, a tensor subclass of someone's
+        return F.linear(x, weight, bias)
+    out = product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return out if bias is None else out.add_(bias)
+
+
 class MptAttention(nn.Module):
     """Wqkv, clip, norm of q and k, attention with ALiBi, out_proj. forward(x (B, S, d), rules) -> (B, S, d).
 
-    With output_attentions, also the probabilities (B, H, S, S), computed apart.
+    With output_attentions, also the probabilities (B, H, S, S), computed apart. With past, this block's part of a
+    cache: x follows what that holds, and is added to it.
     """
 
     def __init__(self, config: MptConfig) -> None:
@@ -88,12 +124,14 @@ class MptAttention(nn.Module):
         self.clip_qkv, self.softmax_scale, self.dropout_p = attn.clip_qkv, attn.softmax_scale, attn.attn_pdrop
         q, kv = config.d_model, config.kv_heads * config.d_head
         self.widths = [q, kv, kv]
-        self.Wqkv = nn.Linear(config.d_model, q + 2 * kv, bias=not config.no_bias)
+        self.Wqkv = MptLinear(config.d_model, q + 2 * kv, bias=not config.no_bias)
         self.q_ln = MptNorm(q, config) if attn.qk_ln else None
         self.k_ln = MptNorm(kv, config) if attn.qk_ln else None
-        self.out_proj = nn.Linear(q, config.d_model, bias=not config.no_bias)
+        self.out_proj = MptLinear(q, config.d_model, bias=not config.no_bias)
 
-    def forward(self, x: Tensor, rules: AttentionRules, *, output_attentions: bool = False) -> Any:
+    def forward(
+        self, x: Tensor, rules: AttentionRules, *, output_attentions: bool = False, past: LayerStep | None = None
+    ) -> Any:
         qkv = self.Wqkv(x)
         if self.clip_qkv:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
@@ -102,19 +140,25 @@ class MptAttention(nn.Module):
             q, k = self.q_ln(q).to(q.dtype), self.k_ln(k).to(k.dtype)
         q, k, v = (t.unflatten(-1, (-1, self.d_head)) for t in (q, k, v))
         dropout_p = self.dropout_p if self.training else 0.0
-        out: Any = kernels.flash_attention(
-            q,
-            k,
-            v,
-            alibi_slopes=rules.alibi_slopes,
-            softmax_scale=self.softmax_scale,
-            attention_mask=rules.attention_mask,
-            sequence_id=rules.sequence_id,
-            prefix_mask=rules.prefix_mask,
-            dropout_p=dropout_p,
-        )
+        if past is not None:
+            out: Any = past.attend(q, k, v, rules, self.softmax_scale, dropout_p)
+        else:
+            out = kernels.flash_attention(
+                q,
+                k,
+                v,
+                alibi_slopes=rules.alibi_slopes,
+                softmax_scale=self.softmax_scale,
+                attention_mask=rules.attention_mask,
+                sequence_id=rules.sequence_id,
+                prefix_mask=rules.prefix_mask,
+                dropout_p=dropout_p,
+            )
         out = self.out_proj(out.flatten(2))
-        return (out, attention_probabilities(q, k, rules, self.softmax_scale)) if output_attentions else out
+        if not output_attentions:
+            return out
+        keys = k if past is None else past.keys()
+        return out, attention_probabilities(q, keys, rules, self.softmax_scale)
 
 
 class MptMLP(nn.Module):
@@ -133,7 +177,7 @@ class MptMLP(nn.Module):
 class MptBlock(nn.Module):
     """x += drop(attn(norm_1(x))); x += drop(ffn(norm_2(x))). forward(x (B, S, d), rules) -> x of the same dtype.
 
-    With output_attentions, (x, probabilities). The unit that fully_shard and compile wrap.
+    With output_attentions, (x, probabilities). past: as the attention's. The unit that fully_shard and compile wrap.
     """
 
     def __init__(self, config: MptConfig) -> None:
@@ -145,9 +189,11 @@ class MptBlock(nn.Module):
         self.ffn = MptMLP(config)
         self.activation_checkpointing: ActivationCheckpointing = "none"
 
-    def forward(self, x: Tensor, rules: AttentionRules, *, output_attentions: bool = False) -> Any:
-        if self.activation_checkpointing == "none" or not (self.training and torch.is_grad_enabled()):
-            return self._forward(x, rules, output_attentions)
+    def forward(
+        self, x: Tensor, rules: AttentionRules, *, output_attentions: bool = False, past: LayerStep | None = None
+    ) -> Any:
+        if not self.recomputes():
+            return self._forward(x, rules, output_attentions, past)
         # Inside the block, so that what wraps it (fully_shard, compile) does not see a second forward.
         if self.activation_checkpointing == "selective":
             return activation_checkpoint(
@@ -155,8 +201,12 @@ class MptBlock(nn.Module):
             )
         return activation_checkpoint(self._forward, x, rules, output_attentions, use_reentrant=False)
 
-    def _forward(self, x: Tensor, rules: AttentionRules, output_attentions: bool) -> Any:
-        h = self.attn(self.norm_1(x), rules, output_attentions=output_attentions)
+    def recomputes(self) -> bool:
+        """Whether a forward now keeps little and runs again in the backward."""
+        return self.activation_checkpointing != "none" and self.training and torch.is_grad_enabled()
+
+    def _forward(self, x: Tensor, rules: AttentionRules, output_attentions: bool, past: LayerStep | None = None) -> Any:
+        h = self.attn(self.norm_1(x), rules, output_attentions=output_attentions, past=past)
         h, probabilities = h if output_attentions else (h, None)
         h, x = self.norm_2(self._drop(h), residual=x)
         x = x + self._drop(self.ffn(h))
@@ -172,9 +222,15 @@ def _keep_attention() -> Any:
 
 
 class MptPreTrainedModel(nn.Module):
-    """What MptModel and the models with heads share: a checked configuration, where they are built, saving, loading."""
+    """What MptModel and the models with heads share: a checked configuration, saving and loading, embeddings that can
+    be replaced and resized, gradient checkpointing.
+    """
 
     config: MptConfig
+    config_class = MptConfig
+    base_model_prefix = "transformer"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: MptConfig) -> None:
         super().__init__()
@@ -187,15 +243,152 @@ class MptPreTrainedModel(nn.Module):
             self.to_empty(device=device)
             init_weights(self, int(torch.randint(2**62, (), device="cpu")))
 
-    def num_parameters(self) -> int:
-        """The number of parameters; tied embeddings count once."""
-        return sum(p.numel() for p in self.parameters())
+    @classmethod
+    def _architecture(cls) -> str:
+        """The name of the class of this package that it is, or is made from, as fully_shard makes them."""
+        return next(c.__name__ for c in cls.__mro__ if c.__module__.startswith("mpt."))
+
+    @property
+    def base_model(self) -> "MptModel":
+        """The MptModel inside; of an MptModel, itself."""
+        model = getattr(self, self.base_model_prefix, self)
+        assert isinstance(model, MptModel)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are (the first of them)."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are (the first of them)."""
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of parameters; tied embeddings count once.
+
+        only_trainable: those that require gradients. exclude_embeddings: not wte and wpe.
+        """
+        embeddings = {id(m.weight) for m in self.modules() if exclude_embeddings and isinstance(m, nn.Embedding)}
+        return sum(
+            p.numel() for p in self.parameters() if id(p) not in embeddings and (p.requires_grad or not only_trainable)
+        )
 
     def get_input_embeddings(self) -> nn.Embedding:
         """wte, weight (V, d)."""
-        wte = getattr(self, "transformer", self).wte
+        wte = self.base_model.wte
         assert isinstance(wte, nn.Embedding)
         return wte
+
+    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
+        """Put another nn.Embedding, weight (V, d), in wte's place; a tied lm_head follows. ValueError for another
+        shape: `resize_token_embeddings` changes the vocabulary.
+        """
+        expected = (self.config.vocab_size, self.config.d_model)
+        if not isinstance(embeddings, nn.Embedding):
+            raise ValueError(
+                f"embeddings are a {type(embeddings).__name__}; pass an nn.Embedding with weight {expected}"
+            )
+        if embeddings.weight.shape != expected:
+            raise ValueError(
+                f"embeddings have weight {tuple(embeddings.weight.shape)}; it must be (vocab_size, d_model) = "
+                f"{expected}; resize_token_embeddings changes vocab_size"
+            )
+        self.base_model.wte = embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The module that makes the logits over the vocabulary; None where there is none."""
+        return None
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Change the vocabulary to new_num_tokens (None: as it is), rounded up to a multiple; returns wte.
+
+        Rows are cut off or added at the end of wte, and of an lm_head that is not tied; config.vocab_size follows.
+        mean_resizing: new rows are the mean of the old ones; False: initialised as the configuration says.
+
+        The weights are new Parameters: make the optimizer afterwards. ValueError where a special token's id would fall
+        outside, or the weights are sharded.
+        """
+        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        for name, value in (("new_num_tokens", size), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (not isinstance(value, int) or value <= 0):
+                raise ValueError(f"{name} is {value!r}; it must be a positive whole number")
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        wte = self.get_input_embeddings()
+        if size == self.config.vocab_size:
+            return wte
+        layers = [m for m in (wte, self.get_output_embeddings()) if isinstance(m, (nn.Embedding, nn.Linear))]
+        layers = list(dict.fromkeys(layers))  # wte once where it is both
+        if any(isinstance(layer.weight, DTensor) for layer in layers):
+            raise ValueError("resize_token_embeddings cannot resize sharded weights; call it before fully_shard")
+        changed = copy.copy(self.config)
+        changed.vocab_size = size
+        changed.check()
+        old, self.config.vocab_size = self.config.vocab_size, size
+        for layer in layers:
+            weight = _resized(layer.weight.detach(), size)
+            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+            setattr(layer, "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features", size)
+        if not mean_resizing and size > old and self.device.type != "meta":
+            self._draw_rows(layers, old)
+        return wte
+
+    @torch.no_grad()
+    def _draw_rows(self, layers: list[Any], first: int) -> None:
+        """Initialise the rows of these layers' weights from `first` on, as the configuration says."""
+        kept = [layer.weight[:first].clone() for layer in layers]
+        names = {name for name, p in self.named_parameters() if any(p is layer.weight for layer in layers)}
+        init_weights(self, int(torch.randint(2**62, (), device="cpu")), only=names)
+        for layer, rows in zip(layers, kept, strict=True):
+            layer.weight[:first] = rows
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether the blocks recompute in the backward what they do not keep."""
+        return any(block.activation_checkpointing != "none" for block in self.base_model.blocks)  # type: ignore[misc]
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """In train mode every block keeps its input only and recomputes the rest in the backward.
+
+        The arguments are transformers', of which only the defaults and {"use_reentrant": False} are supported;
+        MptModel.set_activation_checkpointing has a cheaper mode, "selective".
+        """
+        given = (activation_checkpointing_kwargs or {}) | {"every_n_layers": every_n_layers, "offload": offload}
+        for key, value in given.items():
+            if value != {"use_reentrant": False, "every_n_layers": 1, "offload": False}.get(key):
+                raise ValueError(
+                    f"activation checkpointing is asked for {key}={value!r}; supported are use_reentrant=False, "
+                    "every_n_layers=1 and offload=False"
+                )
+        self.base_model.set_activation_checkpointing("full")
+
+    def activation_checkpointing_disable(self) -> None:
+        """Blocks keep all that the backward needs."""
+        self.base_model.set_activation_checkpointing("none")
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of activation_checkpointing_enable."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of activation_checkpointing_disable."""
+        self.activation_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The older name of is_activation_checkpointing."""
+        return self.is_activation_checkpointing
 
     def save_pretrained(
         self, folder: str | Path, *, max_shard_size: int | str = "5GB", dtype: torch.dtype | None = None
@@ -205,20 +398,50 @@ class MptPreTrainedModel(nn.Module):
         dtype: of the saved weights; None keeps each as it is. Replaces an older save in `folder`; see
         mpt.checkpoint.save_hf.
         """
-        checkpoint.save_hf(self.named_parameters(), self.config, folder, max_shard_size=max_shard_size, dtype=dtype)
+        checkpoint.save_hf(
+            self.named_parameters(),
+            self.config,
+            folder,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            architecture=self._architecture(),
+        )
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls,
+        path_or_name: str | Path,
+        *,
+        config: MptConfig | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        **overrides: Any,
     ) -> Self:
-        """A model in eval mode from a Hugging Face folder; `init_device` plays no part.
+        """A model in eval mode from a checkpoint of any form; `init_device` plays no part.
 
-        dtype: of the parameters; None takes the checkpoint's. Errors as mpt.checkpoint.load_hf.
+        path_or_name: a Hugging Face folder, a Composer .pt, a training run's folder or a checkpoint in it; or a name on
+            the Hugging Face hub, of which `revision` (a branch, tag or commit) is taken.
+        config: in place of the checkpoint's own.
+        dtype: of the parameters; None takes the checkpoint's.
+        device: where the parameters are made, and to which each is read.
+        overrides: fields of the configuration to change, such as num_labels=3 or attn_config={"clip_qkv": 6}.
+
+        A classifier's head that the checkpoint does not have is initialised at random, with a warning.
+        The host holds one tensor at a time besides what is on `device`. ValueError says what is not there, damaged or
+        refused, or holds a table of the weights that do not fit; see mpt.checkpoint.open_checkpoint.
         """
+        if config is not None and overrides:
+            raise ValueError(f"config and {', '.join(overrides)} are given; set the fields in config")
+        overrides = _config_fields(overrides)
+        source = checkpoint.open_checkpoint(path_or_name, revision=revision, check_hashes=True)
         with torch.device("meta"):
-            model = cls(MptConfig.from_pretrained(folder))
-        model = model.to(dtype or checkpoint.dtype_of(folder)).to_empty(device=device)
-        checkpoint.load_hf(model, folder)
+            model = cls(config or source.config(**overrides))
+        stored = checkpoint.match(model, source)  # before memory is taken for what does not fit
+        if config is not None:
+            checkpoint.compare_config(config, source)
+        model = model.to(dtype or source.dtype).to_empty(device=device)
+        checkpoint.fill(model, stored)
         return model.eval()
 
 
@@ -264,71 +487,135 @@ class MptModel(MptPreTrainedModel):
         sequence_id: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         prefix_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
         """Hidden states (B, S, d) of input_ids (B, S) int, or of inputs_embeds (B, S, d) in their place.
 
-        attention_mask: (B, S), 1 or True where a token is real. Left and right padding both work; outputs at padding
-            are unspecified but finite.
-        sequence_id: (B, S) int, also called token_type_ids. With attn_uses_sequence_id tokens see their own sequence
-            only, and -1 is padding; required in train mode.
-        prefix_mask: (B, S), True at keys that every query sees; required with prefix_lm.
+        attention_mask: (B, past + S), 1 or True where a token is real. Left and right padding both work; outputs at
+            padding are unspecified but finite.
+        sequence_id: (B, past + S) int, also called token_type_ids. With attn_uses_sequence_id tokens see their own
+            sequence only, and -1 is padding; required in train mode.
+        prefix_mask: (B, past + S), True at keys that every query sees; required with prefix_lm.
         output_attentions: also the probabilities (B, H, S, S) of each block, computed apart from the fast path.
         output_hidden_states: also what enters each block, (B, S, d). None for these and return_dict means the
             configuration's value.
-        use_cache, past_key_values, cache_position: there is no cache in this version; asking for one is an error.
+        use_cache: also return past_key_values, an MptCache of what was read. None: where one is given, or, in eval
+            mode, where the configuration says so.
+        past_key_values: an MptCache of `past` columns, which the input follows. It is added to in place, and returned.
+            Without attention_mask its padding stays padding. Gradients reach what this call reads, not what it holds.
+        cache_position: (S,), past .. past + S - 1; nothing else is possible, so it may be left out.
 
-        ValueError names the argument that does not fit.
+        ValueError names the argument that does not fit, TypeError one that does not exist.
         """
+        refuse_unknown(MptModel.forward, kwargs)
         config = self.config
-        if use_cache or past_key_values is not None or cache_position is not None:
-            raise ValueError(
-                "use_cache, past_key_values and cache_position need a key/value cache, which this version does not have"
-            )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+        given = self._given(input_ids, inputs_embeds)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
-        if given.dim() != (2 if input_ids is not None else 3):
-            raise ValueError(f"input_ids must be (B, S) and inputs_embeds (B, S, d), not {tuple(given.shape)}")
         if token_type_ids is not None:
             if sequence_id is not None:
                 raise ValueError("sequence_id and token_type_ids are two names of one argument: give one of them")
             sequence_id = token_type_ids
-        rules = self._rules(given, attention_mask, sequence_id, prefix_mask)
-        x = self._embed(input_ids, inputs_embeds, rules.attention_mask)
+        cache = self._cache(past_key_values, use_cache)
+        past = 0 if cache is None else cache.columns
+        _check_cache_position(cache_position, past, given.shape[1])
+        rules = self._rules(given, attention_mask, sequence_id, prefix_mask, past)
+        step = self._step(cache, given, rules)
+        x = self._embed(input_ids, inputs_embeds, rules, past)
 
         hidden: list[Tensor] = []
         attentions: list[Tensor] = []
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if output_hidden_states:
                 hidden.append(x)
+            more: dict[str, Any] = {} if step is None else {"past": step.layer(i)}
             if output_attentions:
-                x, probabilities = block(x, rules, output_attentions=True)
+                x, probabilities = block(x, rules, output_attentions=True, **more)
                 attentions.append(probabilities)
             else:
-                x = block(x, rules)
+                x = block(x, rules, **more)
         x = self.norm_f(x)
+        if step is not None:
+            step.commit()
         out = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=x,
+            past_key_values=cache,
             hidden_states=(*hidden, x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
         return out if (config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
+    def _given(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The one that is given, checked for shape and dtype."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+        given = input_ids if input_ids is not None else inputs_embeds
+        if not isinstance(given, Tensor):
+            raise ValueError(f"input_ids and inputs_embeds are tensors, not {type(given).__name__}; call torch.tensor")
+        if input_ids is not None and given.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids are {given.dtype}; they must be int64 or int32")
+        if input_ids is None and not given.is_floating_point():
+            raise ValueError(f"inputs_embeds are {given.dtype}; they must be floating (token ids are input_ids)")
+        if given.dim() != (2 if input_ids is not None else 3) or 0 in given.shape:
+            raise ValueError(
+                f"input_ids must be (B, S) and inputs_embeds (B, S, d), none of them 0, not {tuple(given.shape)}"
+            )
+        if input_ids is None and given.shape[2] != self.config.d_model:
+            raise ValueError(f"inputs_embeds are {tuple(given.shape)}; d_model is {self.config.d_model}")
+        return given
+
+    def _cache(self, given: Any, use_cache: bool | None) -> MptCache | None:
+        """The cache that a call adds to: the given one, or a new one, or None."""
+        if given is not None and not isinstance(given, MptCache):
+            raise ValueError(
+                f"past_key_values is {type(given).__name__}; pass an MptCache: a new one (`from mpt import MptCache`), "
+                "or what a call with use_cache=True returned"
+            )
+        if given is not None and use_cache is False:
+            raise ValueError("use_cache is False and past_key_values is given; leave one of them out")
+        if use_cache is None:
+            use_cache = given is not None or (self.config.use_cache and not self.training)
+        if not use_cache:
+            return None
+        if any(block.recomputes() for block in self.blocks):  # type: ignore[operator]
+            raise ValueError(
+                "use_cache with activation checkpointing in train mode: the recomputation would fill the cache twice; "
+                "set use_cache=False, or model.eval()"
+            )
+        return MptCache() if given is None else given
+
+    def _step(self, cache: MptCache | None, given: Tensor, rules: AttentionRules) -> CacheStep | None:
+        """The call's part of the cache; rules.attention_mask is completed by the padding that the cache remembers."""
+        if cache is None:
+            return None
+        step = cache.begin(self, given.shape[0], given.shape[1], given.device, rules.attention_mask)
+        rules.attention_mask = step.mask
+        return step
+
     def _rules(
-        self, given: Tensor, attention_mask: Tensor | None, sequence_id: Tensor | None, prefix_mask: Tensor | None
+        self,
+        given: Tensor,
+        attention_mask: Tensor | None,
+        sequence_id: Tensor | None,
+        prefix_mask: Tensor | None,
+        past: int,
     ) -> AttentionRules:
         """The arguments checked and brought to one form. Nothing here waits for a GPU."""
-        attn, shape = self.config.attn_config, given.shape[:2]
+        attn, shape = self.config.attn_config, (given.shape[0], past + given.shape[1])
         for name, mask in (
             ("attention_mask", attention_mask),
             ("sequence_id", sequence_id),
             ("prefix_mask", prefix_mask),
         ):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise ValueError(f"{name} is a {type(mask).__name__}; it must be a tensor (B, S) = {tuple(shape)}")
             if mask is not None and mask.shape != shape:
-                raise ValueError(f"{name} is {tuple(mask.shape)}; it must be (B, S) = {tuple(shape)}")
+                wanted = (
+                    f"(B, past + S) = {shape}, with the {past} columns of past_key_values"
+                    if past
+                    else f"(B, S) = {shape}"
+                )
+                raise ValueError(f"{name} is {tuple(mask.shape)}; it must be {wanted}")
         if attn.prefix_lm != (prefix_mask is not None):
             wanted = "needs" if attn.prefix_lm else "takes no"
             raise ValueError(f"with attn_config.prefix_lm {attn.prefix_lm} the model {wanted} prefix_mask")
@@ -340,13 +627,14 @@ class MptModel(MptPreTrainedModel):
         if sequence_id is None and attn.attn_uses_sequence_id and self.training:
             raise ValueError("attn_config.attn_uses_sequence_id is True: training needs sequence_id (B, S)")
         if attention_mask is not None:
+            if attention_mask.is_floating_point() and readable(attention_mask) and attention_mask.min() < 0:
+                raise ValueError(
+                    f"attention_mask holds {float(attention_mask.min())}; it is 1 where a token is real and 0 at "
+                    "padding, not what is added to the scores"
+                )
             attention_mask = attention_mask.bool()
-            if _readable(attention_mask) and attention_mask.all():
+            if not past and readable(attention_mask) and attention_mask.all():
                 attention_mask = None  # no padding: the attention has less to do
-        if sequence_id is not None and self.wpe is not None:
-            # Attention needs no mask for ids of -1, since no real token shares that id; positions do.
-            real = sequence_id >= 0
-            attention_mask = real if attention_mask is None else attention_mask & real
         slopes = self._alibi_slopes(given.device) if attn.alibi else None
         return AttentionRules(slopes, attention_mask, sequence_id, None if prefix_mask is None else prefix_mask.bool())
 
@@ -356,7 +644,9 @@ class MptModel(MptPreTrainedModel):
             self._slopes[device] = slopes.to(device)
         return self._slopes[device]
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    def _embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, rules: AttentionRules, past: int
+    ) -> Tensor:
         if inputs_embeds is not None:
             x = inputs_embeds
         else:
@@ -368,23 +658,50 @@ class MptModel(MptPreTrainedModel):
                 worst, last = low if low < 0 else high, self.config.vocab_size - 1
                 raise ValueError(f"input_ids hold {worst}; ids must be in 0..{last} (vocab_size - 1)") from None
         if self.wpe is not None:
-            x = x + self.wpe(self._positions(x, attention_mask))
+            x = x + self.wpe(self._positions(x, rules, past))
         if (f := self.config.embedding_fraction) != 1:
             x = f * x + (1 - f) * x.detach()
         return F.dropout(x, self.config.emb_pdrop) if self.training and self.config.emb_pdrop else x
 
-    def _positions(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(S,) or (B, S): a token's place among the real tokens of its row."""
-        length, limit = x.shape[1], self.config.max_seq_len
-        positions = torch.arange(length, device=x.device)
-        if attention_mask is not None:
-            positions = (positions - (~attention_mask).cumsum(1)).clamp(min=0)
-        if length > limit and (attention_mask is None or (longest := int(positions.max()) + 1) > limit):
-            got = length if attention_mask is None else longest
+    def _positions(self, x: Tensor, rules: AttentionRules, past: int) -> Tensor:
+        """(S,) or (B, S): a token's place among the real tokens of its row. Ids of -1 are padding here, too."""
+        length, limit, real = past + x.shape[1], self.config.max_seq_len, rules.attention_mask
+        if rules.sequence_id is not None:
+            real = rules.sequence_id >= 0 if real is None else real & (rules.sequence_id >= 0)
+        positions = torch.arange(past, length, device=x.device)
+        if real is not None:
+            positions = (positions - (~real).cumsum(1)[:, past:]).clamp(min=0)
+        if length > limit and (real is None or (longest := int(positions.max()) + 1) > limit):
+            got = length if real is None else longest
             raise ValueError(
                 f"a sequence has {got} positions and max_seq_len is {limit}; learned positions go no further"
             )
         return positions
+
+
+def _resized(weight: Tensor, rows: int) -> Tensor:
+    """A copy of weight (V, d) with `rows` rows: the first ones, and if there are more, the mean of all of them."""
+    if rows <= len(weight):
+        return weight[:rows].clone()
+    mean = weight.mean(0, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return torch.cat((weight, mean.to(weight.dtype).expand(rows - len(weight), -1)))
+
+
+def _config_fields(overrides: dict[str, Any]) -> dict[str, Any]:
+    """`overrides`, unless one is an argument of transformers' from_pretrained that has another name here, or none."""
+    for name, instead in FOREIGN_ARGUMENTS.items():
+        if name in overrides:
+            raise TypeError(f"from_pretrained() takes no {name!r}; {instead}")
+    return overrides
+
+
+def refuse_unknown(method: Callable[..., Any], given: dict[str, Any]) -> None:
+    """TypeError for keyword arguments that a forward does not have, with the nearest that it has."""
+    for name in given:
+        known = [n for n in inspect.signature(method).parameters if n not in ("self", "kwargs")]
+        close = difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+        raise TypeError(f"{method.__qualname__}() has no argument {name!r}; {advice}")
 
 
 def building_device(config: MptConfig) -> torch.device:
@@ -398,8 +715,8 @@ def building_device(config: MptConfig) -> torch.device:
 
 
 def attention_probabilities(q: Tensor, k: Tensor, rules: AttentionRules, softmax_scale: float | None) -> Tensor:
-    """softmax(scale*q.k - slope*|i - j|) over visible keys, in fp32, cast to q's dtype: (B, H, S, S) from q (B, S, H,
-    D), k (B, S, G, D).
+    """softmax(scale*q.k - slope*|i - j|) over visible keys, in fp32, cast to q's dtype: (B, H, S, T) from q (B, S, H,
+    D), the last S positions, and k (B, T, G, D).
 
     Before dropout. A query that sees no key has zeros.
     """
@@ -407,20 +724,33 @@ def attention_probabilities(q: Tensor, k: Tensor, rules: AttentionRules, softmax
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bshd,bthd->bhst", q.to(wide), k.to(wide)) * scale
-    place = torch.arange(q.shape[1], device=q.device)
+    place = torch.arange(k.shape[1], device=q.device)
+    own = place[-q.shape[1] :, None]
     if rules.alibi_slopes is not None:
-        scores = scores - rules.alibi_slopes[:, None, None] * (place[:, None] - place).abs()
-    visible = (place[:, None] >= place)[None, None]
+        scores = scores - rules.alibi_slopes[:, None, None] * (own - place).abs()
+    visible = (own >= place)[None, None]
     if rules.prefix_mask is not None:
         visible = visible | rules.prefix_mask[:, None, None, :]
     if rules.attention_mask is not None:
         visible = visible & rules.attention_mask[:, None, None, :]
     if (ids := rules.sequence_id) is not None:
-        visible = visible & (ids[:, None, :, None] == ids[:, None, None, :])
+        visible = visible & (ids[:, None, -q.shape[1] :, None] == ids[:, None, None, :])
     scores = scores.masked_fill(~visible, -torch.inf)
     return scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0).to(q.dtype)
 
 
-def _readable(mask: Tensor) -> bool:
+def _check_cache_position(given: Tensor | None, past: int, length: int) -> None:
+    if given is None:
+        return
+    if given.shape != (length,):
+        raise ValueError(f"cache_position is {tuple(given.shape)}; it must be (S,) = ({length},), or left out")
+    if (found := given.tolist()) != list(range(past, past + length)):
+        raise ValueError(
+            f"cache_position is {found[0]}..{found[-1]}; past_key_values holds {past} columns, so it must be {past}.."
+            f"{past + length - 1} (crop the cache to go back), or left out"
+        )
+
+
+def readable(mask: Tensor) -> bool:
     """Whether its values can be looked at here for nothing: on a CPU, outside tracing."""
     return type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -49,8 +49,9 @@ class ModelOutput:
 
 @dataclass
 class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
-    """Of MptModel. last_hidden_state (B, S, d); hidden_states: L+1 of (B, S, d), the embeddings, each block's output
-    but the last's, then norm_f's; attentions: L of (B, H, S, S). past_key_values and cross_attentions are None.
+    """Of MptModel. last_hidden_state (B, S, d); past_key_values: the MptCache, if one was asked for; hidden_states: L+1
+    of (B, S, d), the embeddings, each block's output but the last's, then norm_f's; attentions: L of (B, H, S, past +
+    S). cross_attentions is None.
     """
 
     last_hidden_state: Tensor | None = None
@@ -72,6 +73,44 @@ class CausalLMOutputWithCrossAttentions(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
 
 
+@dataclass
+class SequenceClassifierOutputWithPast(ModelOutput):
+    """Of MptForSequenceClassification. loss: fp32 scalar, if labels were given; logits (B, num_labels); the rest as
+    MptModel's.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class TokenClassifierOutput(ModelOutput):
+    """Of MptForTokenClassification. loss: fp32 scalar, if labels were given; logits (B, S, num_labels); the rest as
+    MptModel's.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class QuestionAnsweringModelOutput(ModelOutput):
+    """Of MptForQuestionAnswering. loss: fp32 scalar, if positions were given; start_logits and end_logits (B, S); the
+    rest as MptModel's.
+    """
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
 def _register(cls: type) -> None:
     """FSDP finds the tensors of a module's output, to hook their gradients, through pytree: it must be able to look
     inside.
@@ -85,5 +124,5 @@ def _register(cls: type) -> None:
     )
 
 
-_register(BaseModelOutputWithPastAndCrossAttentions)
-_register(CausalLMOutputWithCrossAttentions)
+for _output in ModelOutput.__subclasses__():
+    _register(_output)

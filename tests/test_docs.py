@@ -10,13 +10,14 @@ import pytest
 
 import train
 from mpt.config import MptAttentionConfig, MptConfig, MptInitConfig
-from scripts import prepare_data
+from scripts import convert_checkpoint, prepare_data
 from trainer.config import TrainConfig, load_config
 from trainer.loggers import EVAL_COLUMNS, TRAIN_COLUMNS
 
 ROOT = Path(__file__).parent.parent
 
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+CHECKPOINTS = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 DOCUMENTED_ONCE = "eval_loader"  # its section is train_loader's
 
@@ -74,21 +75,23 @@ def test_every_metric_column_is_explained():
     assert [column for column in (*TRAIN_COLUMNS, *EVAL_COLUMNS) if f"`{column}`" not in METRICS] == []
 
 
-@pytest.mark.parametrize("program", [train, prepare_data])
-def test_every_option_is_mentioned(program, capsys):
+@pytest.mark.parametrize(
+    ("program", "page"), [(train, TRAINING), (prepare_data, TRAINING), (convert_checkpoint, CHECKPOINTS)]
+)
+def test_every_option_is_mentioned(program, page, capsys):
     with pytest.raises(SystemExit):
         (program.parse_arguments if program is train else program.parse)(["--help"])
     options = set(re.findall(r"^ +(--[a-z][\w-]*)", capsys.readouterr().out, re.M)) - {"--help"}
-    assert [option for option in sorted(options) if f"`{option}" not in TRAINING] == []
+    assert [option for option in sorted(options) if f"`{option}" not in page] == []
 
 
 def commands():
-    """(program, arguments) of every train.py and prepare_data.py in the code blocks of README and guide."""
-    for page in (TRAINING, (ROOT / "README.md").read_text(encoding="utf-8")):
+    """(program, arguments) of every train.py, prepare_data.py and convert_checkpoint.py in the pages' code blocks."""
+    for page in (TRAINING, CHECKPOINTS, (ROOT / "README.md").read_text(encoding="utf-8")):
         for block in re.findall(r"^```\n(.*?)^```", page, re.M | re.S):
             for line in block.splitlines():
                 words = shlex.split(line) if line.startswith(("python ", "torchrun ")) else []
-                for program in ("train.py", "scripts/prepare_data.py"):
+                for program in ("train.py", "scripts/prepare_data.py", "scripts/convert_checkpoint.py"):
                     if program in words:
                         yield pytest.param(program, words[words.index(program) + 1 :], id=line.strip()[:60])
 
@@ -99,8 +102,10 @@ def test_every_command_in_the_guides_is_understood(program, arguments, monkeypat
     if program == "train.py":
         parsed = train.parse_arguments(arguments)
         load_config(parsed.recipe, parsed.overrides)
-    else:
+    elif "prepare_data" in program:
         prepare_data.parse(arguments)
+    else:
+        convert_checkpoint.parse(arguments)
 
 
 def test_links_between_pages_lead_somewhere():

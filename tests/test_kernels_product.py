@@ -8,7 +8,19 @@ from kernels.product import product
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "n"), [(1, 7, 3), (65, 129, 33), (128, 640, 96), (130, 2500, 70), (40, 9000, 33), (9, 600, 7001)]
+    ("m", "k", "n"),
+    [
+        (1, 7, 3),
+        (65, 129, 33),
+        (128, 640, 96),
+        (130, 2500, 70),
+        (40, 9000, 33),
+        (9, 600, 7001),
+        (1, 640, 1000),
+        (3, 768, 2002),
+        (4, 513, 577),
+        (7, 2500, 900),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", ["rows", "columns", "strided"])

@@ -1,30 +1,37 @@
-"""Weights on disk: what transformers makes of our folders, round trips, sharded parameters, files to be refused."""
+"""Weights on disk: what transformers makes of our folders, checkpoints of every maker, what does not fit."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import (
+    HUB_CONFIG,
+    HUB_FORMS,
+    IDS,
+    MOSAIC_GPT_CONFIG,
+    mosaic_gpt,
+    mosaic_gpt_name,
+    published,
+    published_shapes,
+    same,
+    write_composer,
+    write_hub_folder,
+)
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers import MptConfig as TheirConfig
 from transformers import MptForCausalLM as TheirModel
 
 from mpt import MptConfig, MptForCausalLM, MptModel
-from mpt.checkpoint import load_hf, save_hf, unsupported_by_transformers
+from mpt.checkpoint import load_weights, match, open_checkpoint, save_hf, unsupported_by_transformers
+from mpt.config import count_parameters, parameter_shapes
 
 SHAPE = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 97, "max_seq_len": 32}
-IDS = torch.arange(34).view(2, 17)
 
 
 def model(**extra) -> MptForCausalLM:
     return MptForCausalLM(MptConfig(**(SHAPE | extra))).eval()
-
-
-def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    theirs = dict(b.named_parameters())
-    return all(torch.equal(p, theirs[name]) for name, p in a.named_parameters())
 
 
 @pytest.mark.parametrize("size", ["5GB", "70KB", 1])
@@ -65,7 +72,8 @@ def test_we_load_what_transformers_saves(tmp_path: Path) -> None:
         assert same(MptModel.from_pretrained(tmp_path / folder), theirs.transformer)
 
 
-def test_bin_folders(tmp_path: Path) -> None:
+def test_a_redundant_head(tmp_path: Path) -> None:
+    """Some files hold the tied lm_head.weight a second time."""
     ours = model()
     ours.config.save_pretrained(tmp_path)
     state = ours.state_dict()
@@ -73,25 +81,98 @@ def test_bin_folders(tmp_path: Path) -> None:
     assert same(MptForCausalLM.from_pretrained(tmp_path), ours)
     torch.save(state | {"lm_head.weight": state["transformer.wte.weight"] + 1}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from wte\.weight"):
-        load_hf(model(), tmp_path)
-    (tmp_path / "pytorch_model.bin").unlink()
-    names = sorted(state)
-    files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
-    for file in set(files.values()):
-        torch.save({name: state[name] for name in names if files[name] == file}, tmp_path / file)
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
-    assert same(MptForCausalLM.from_pretrained(tmp_path), ours)
+        load_weights(model(), tmp_path)
 
 
-def test_bin_runs_no_code(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "pwned"),)
+@pytest.mark.parametrize("form", HUB_FORMS)
+def test_hub_folders(tmp_path: Path, form: str) -> None:
+    """MPT-7B's files as they are on the hub, at a width of 64."""
+    model = published()
+    state = model.state_dict()
+    assert {name: tuple(t.shape) for name, t in state.items()} == published_shapes(64, 2, 97)
+    write_hub_folder(tmp_path / "mpt-7b", state, form)
+    loaded = MptForCausalLM.from_pretrained(tmp_path / "mpt-7b")
+    assert loaded.transformer.wte.weight.dtype == torch.bfloat16 and not loaded.training
+    assert same(loaded, model) and loaded.config == model.config
+    assert same(MptModel.from_pretrained(tmp_path / "mpt-7b"), model.transformer)
+    assert open_checkpoint(tmp_path / "mpt-7b").companions.keys() == {"tokenizer.json"}
+    # And back: the export is what transformers reads, without running the folder's code.
+    loaded.save_pretrained(tmp_path / "export")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32, trust_remote_code=False)
+    ours = MptForCausalLM.from_pretrained(tmp_path / "mpt-7b", dtype=torch.float32)
+    assert same(ours, theirs)
+    a, b = ours(IDS).logits, theirs(IDS).logits
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
-    torch.save({"transformer.wte.weight": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be read as a plain dictionary of tensors"):
-        load_hf(model(), tmp_path)
-    assert not (tmp_path / "pwned").exists()
+
+def test_storywriter(tmp_path: Path) -> None:
+    """Its config.json, which transformers cannot parse; its clip_qkv is what keeps it from gibberish."""
+    attn = HUB_CONFIG["attn_config"] | {"clip_qkv": 6, "alibi_bias_max": 16, "attn_pdrop": 0.0}
+    config = HUB_CONFIG | {"attn_config": attn, "max_seq_len": 65536}
+    write_hub_folder(tmp_path, published().state_dict(), "bin shards", config)
+    loaded = MptForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.attn_config.clip_qkv == 6.0 and loaded.config.attn_config.alibi_bias_max == 16.0
+    assert loaded.config.max_seq_len == 65536
+
+
+@pytest.mark.parametrize("form", [*HUB_FORMS, "composer"])
+def test_mosaic_gpt(tmp_path: Path, form: str) -> None:
+    wanted = mosaic_gpt()
+    old = {mosaic_gpt_name(name): tensor for name, tensor in wanted.state_dict().items()}
+    assert "transformer.blocks.1.mlp.mlp_up.weight" in old and "transformer.ln_f.weight" in old
+    if form == "composer":
+        weights = {f"model.{name}": tensor for name, tensor in old.items()}
+        write_composer(tmp_path, wanted, MOSAIC_GPT_CONFIG, model=weights)
+    else:
+        write_hub_folder(tmp_path, old, form, MOSAIC_GPT_CONFIG)
+    loaded = MptForCausalLM.from_pretrained(tmp_path)
+    assert same(loaded, wanted) and loaded.config == wanted.config
+
+
+def _sparse_hub_folder(folder: Path, config: dict, shapes: dict[str, tuple[int, ...]]) -> int:
+    """model.safetensors of bf16 zeros that take no room on disk; returns the bytes of the tensors."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(config))
+    return end
+
+
+@pytest.mark.parametrize(
+    ("d", "heads", "layers", "parameters", "total_size"),
+    [(4096, 32, 32, 6_649_286_656, 13_298_573_312), (7168, 64, 48, 29_957_200_896, 59_914_401_792)],
+)
+def test_full_size(tmp_path: Path, d: int, heads: int, layers: int, parameters: int, total_size: int) -> None:
+    """MPT-7B and MPT-30B: every name and shape, and the sizes that the hub's index files state."""
+    config = HUB_CONFIG | {"d_model": d, "n_heads": heads, "n_layers": layers, "vocab_size": 50432, "max_seq_len": 8192}
+    shapes = published_shapes(d, layers, 50432)
+    assert _sparse_hub_folder(tmp_path / "hub", config, shapes) == total_size
+    source = open_checkpoint(tmp_path / "hub")
+    with torch.device("meta"):
+        built = MptForCausalLM(source.config()).bfloat16()
+    assert list(match(built, source)) == list(shapes)
+    assert {name: tuple(p.shape) for name, p in built.named_parameters()} == shapes
+    assert list(parameter_shapes(source.config())) == list(shapes)
+    assert built.num_parameters() == count_parameters(source.config()) == parameters
+    assert sum(p.nbytes for p in built.parameters()) == total_size
+
+
+def test_a_configuration_of_another_size_costs_nothing(tmp_path: Path) -> None:
+    """Neither blocks without end nor terabytes are made before the weights' shapes are looked at."""
+    for changes, message in (
+        ({"n_layers": 2**31 - 1}, "n_layers 2147483647, and it holds 14 tensors"),
+        ({"vocab_size": 2**31 - 1}, r"transformer\.wte\.weight expected \(2147483647, 64\), found \(97, 64\)"),
+    ):
+        write_hub_folder(tmp_path, published().state_dict(), "safetensors", HUB_CONFIG | changes)
+        with pytest.raises(ValueError, match=message):
+            MptForCausalLM.from_pretrained(tmp_path)
 
 
 def test_streaming_save(tmp_path: Path) -> None:
@@ -104,9 +185,7 @@ def test_streaming_save(tmp_path: Path) -> None:
     lazy = [(name, get(name, p)) for name, p in ours.named_parameters()]
     save_hf(lazy, ours.config, tmp_path / "no", write=False)
     assert calls == [name for name, _ in lazy] and not (tmp_path / "no").exists()
-    (tmp_path / "tokenizer.json").write_text("{}")
-    files = [tmp_path / "tokenizer.json"]
-    save_hf(lazy, ours.config, tmp_path / "a", dtype=torch.bfloat16, tokenizer_files=files)
+    save_hf(lazy, ours.config, tmp_path / "a", dtype=torch.bfloat16, companions={"tokenizer.json": b"{}"})
     assert (tmp_path / "a" / "tokenizer.json").read_text() == "{}"
     theirs = TheirModel.from_pretrained(tmp_path / "a")
     assert theirs.dtype == torch.bfloat16 and same(theirs.transformer, ours.transformer.bfloat16())
@@ -179,171 +258,26 @@ def test_table_of_what_does_not_fit(tmp_path: Path) -> None:
     larger = model(vocab_size=128, n_layers=3, attn_config={"attn_type": "multiquery_attention"})
     before = [p.clone() for p in larger.parameters()]
     with pytest.raises(ValueError) as error:
-        load_hf(larger, tmp_path / "a")
+        load_weights(larger, tmp_path / "a")
     lines = str(error.value).splitlines()
     assert lines[0].endswith("does not fit the model, 9 weights differ:")
     assert "  missing     transformer.blocks.2.norm_1.weight (64,)" in lines
     assert "  shape       transformer.wte.weight expected (128, 64), found (97, 64)" in lines
     assert all(torch.equal(a, b) for a, b in zip(before, larger.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"unexpected  transformer\.blocks\.1\.attn\.Wqkv\.weight"):
-        load_hf(model(n_layers=1), tmp_path / "a")
+        load_weights(model(n_layers=1), tmp_path / "a")
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     tensors["transformer.norm_f.weight"] = tensors["transformer.norm_f.weight"].to(torch.int8)
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     with pytest.raises(ValueError, match=r"dtype       transformer\.norm_f\.weight is stored as no kind of float"):
-        load_hf(model(), tmp_path / "a")
+        load_weights(model(), tmp_path / "a")
 
 
 def test_load_warns_of_another_behaviour(tmp_path: Path) -> None:
     """Weights fit, but clip_qkv or ALiBi would be lost."""
     model(attn_config={"clip_qkv": 6}).save_pretrained(tmp_path / "a")
     with pytest.warns(UserWarning, match=r"attn_config\.clip_qkv 6\.0 there, None here"):
-        load_hf(model(), tmp_path / "a")
-
-
-def _index(folder: Path, change) -> None:
-    path = folder / "model.safetensors.index.json"
-    values = json.loads(path.read_text())
-    change(values["weight_map"])
-    path.write_text(json.dumps(values))
-
-
-def _move(folder: Path, name: str) -> None:
-    _index(folder, lambda m: m.update({k: name for k, v in m.items() if v.startswith("model-00001")}))
-
-
-def _duplicate_across(folder: Path) -> None:
-    first, second = sorted(folder.glob("*.safetensors"))[:2]
-    save_file(load_file(first) | load_file(second), second)
-
-
-def _duplicate_in_header(folder: Path) -> None:
-    path = sorted(folder.glob("*.safetensors"))[0]
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = data[8 : 8 + length].decode().rstrip()
-    name = next(k for k in json.loads(header) if k != "__metadata__")
-    entry = json.dumps({name: json.loads(header)[name]})[1:-1]
-    header = (header[:-1] + "," + entry + "}").encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
-
-
-def _truncate(folder: Path, keep: int) -> None:
-    path = sorted(folder.glob("*.safetensors"))[1]
-    path.write_bytes(path.read_bytes()[:keep])
-
-
-def _header(folder: Path, change) -> None:
-    """Rewrites the header of the first shard, a mapping from names to their entries."""
-    path = sorted(folder.glob("*.safetensors"))[0]
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    values = json.loads(data[8 : 8 + length])
-    values.pop("__metadata__")
-    text = change(values)
-    header = text if isinstance(text, bytes) else json.dumps(values).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
-
-
-def _entry(folder: Path, **changes) -> None:
-    _header(folder, lambda h: h[min(h)].update(changes))
-
-
-def _overlap(folder: Path) -> None:
-    def change(header):
-        first, second = sorted(header.values(), key=lambda entry: entry["data_offsets"])[:2]
-        second |= {key: first[key] for key in ("dtype", "shape", "data_offsets")}
-
-    _header(folder, change)
-
-
-def _folder(folder: Path, name: str) -> None:
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    (folder / name).mkdir()
-
-
-def _bin(folder: Path, change) -> None:
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    torch.save(change(dict(model().state_dict())), folder / "pytorch_model.bin")
-
-
-def _duplicate_in_index(folder: Path) -> None:
-    path = folder / "model.safetensors.index.json"
-    text = path.read_text()
-    line = next(line for line in text.splitlines() if "wte.weight" in line).rstrip(",")
-    path.write_text(text.replace('"weight_map": {', '"weight_map": {\n' + line + ",", 1))
-
-
-HOSTILE = {
-    "parent": (
-        lambda f: _move(f, "../secret.safetensors"),
-        r"names the file '\.\./secret\.safetensors'; shards must be plain",
-    ),
-    "absolute": (lambda f: _move(f, "/etc/passwd"), "names the file '/etc/passwd'"),
-    "dots": (lambda f: _move(f, ".."), r"names the file '\.\.'"),
-    "nothing": (lambda f: _move(f, ""), "names the file ''"),
-    "backslash": (lambda f: _move(f, "..\\secret"), "shards must be plain file names"),
-    "absent file": (
-        lambda f: _move(f, "other.safetensors"),
-        r"names the file other\.safetensors, which does not exist",
-    ),
-    "not a name": (lambda f: _index(f, lambda m: m.update(a=3)), "has no weight_map"),
-    "name in no file": (
-        lambda f: _index(f, lambda m: m.update({"x.weight": min(m.values())})),
-        r"puts x\.weight into model-00001.*, which does not hold it",
-    ),
-    "name in two files": (_duplicate_across, "a name must be in one file"),
-    "name twice in a header": (_duplicate_in_header, "names 'transformer.* twice"),
-    "name twice in the index": (_duplicate_in_index, r"names 'transformer\.wte\.weight' twice"),
-    "truncated": (lambda f: _truncate(f, 2000), "is truncated or damaged: 2000 bytes"),
-    "truncated header": (lambda f: _truncate(f, 50), "is truncated or no safetensors file"),
-    "empty": (lambda f: _truncate(f, 0), "is truncated or no safetensors file"),
-    "negative offsets": (lambda f: _entry(f, data_offsets=[-8, 0]), "does not describe transformer.* as a tensor"),
-    "one offset": (lambda f: _entry(f, data_offsets=[8]), "does not describe transformer.* as a tensor"),
-    "offsets backwards": (lambda f: _entry(f, data_offsets=[4, 0]), "is damaged: its header puts"),
-    "negative shape": (lambda f: _entry(f, shape=[-2, -3]), "does not describe transformer.* as a tensor"),
-    "fractional shape": (lambda f: _entry(f, shape=[1.5]), "does not describe transformer.* as a tensor"),
-    "other shape": (lambda f: _entry(f, shape=[3, 5]), r"puts transformer.* \(F32, \[3, 5\]\) at bytes"),
-    "other dtype": (lambda f: _entry(f, dtype="F16"), r"puts transformer.* \(F16, "),
-    "dtype of another type": (lambda f: _entry(f, dtype=["F32"]), "does not describe"),
-    "overlap": (_overlap, "is damaged: its header puts"),
-    "entry of another type": (lambda f: _header(f, lambda h: h.update({min(h): 3})), "does not describe"),
-    "5,000 digits": (
-        lambda f: _header(f, lambda h: b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"]}}"),
-        r"model-00001.* is damaged: its JSON does not parse \(Exceeds",
-    ),
-    "long file name": (lambda f: _move(f, "x" * 5000), r"names the file x{200}\.\.\., which does not exist"),
-    "half a surrogate pair": (lambda f: _move(f, "\ud800"), "which does not exist"),
-    "weights are a folder": (lambda f: _folder(f, "model.safetensors"), "model.safetensors cannot be read"),
-    "index is a folder": (lambda f: _folder(f, "model.safetensors.index.json"), "index.json cannot be read"),
-    "meta tensors": (lambda f: _bin(f, lambda s: s | {min(s): s[min(s)].to("meta")}), "is not a plain dictionary"),
-    "sparse tensors": (
-        lambda f: _bin(f, lambda s: s | {min(s): s[min(s)].to_sparse()}),
-        "is not a plain dictionary|cannot be read as a plain",
-    ),
-    "names of another type": (lambda f: _bin(f, lambda s: s | {1: s[min(s)]}), "is not a plain dictionary"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged: it holds no JSON"),
-    "config of another attention": (
-        lambda f: (f / "config.json").write_text('{"attn_config": [1]}'),
-        r"config.json: attn_config is \[1\]; it must be a mapping",
-    ),
-    "deep": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map":' + "[" * 100_000),
-        "is damaged: its JSON does not parse",
-    ),
-}
-
-
-@pytest.mark.parametrize("attack", HOSTILE)
-def test_hostile_folders(tmp_path: Path, attack: str) -> None:
-    model().save_pretrained(tmp_path / "a", max_shard_size="70KB")
-    shutil.copy(tmp_path / "a" / "config.json", tmp_path / "secret.safetensors")
-    change, message = HOSTILE[attack]
-    change(tmp_path / "a")
-    with pytest.raises(ValueError, match=message):
-        load_hf(model(), tmp_path / "a")
+        load_weights(model(), tmp_path / "a")
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000, "{", None])
@@ -368,6 +302,14 @@ def test_hub_cache_links_load(tmp_path: Path) -> None:
 
 def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"):
-        load_hf(model(), tmp_path)
-    with pytest.raises(ValueError, match="is not a folder"):
-        load_hf(model(), tmp_path / "mosaicml/mpt-7b")
+        load_weights(model(), tmp_path)
+    with pytest.raises(ValueError, match=r"holds neither"):
+        MptForCausalLM.from_pretrained(tmp_path)
+    write_hub_folder(tmp_path / "hub", published().state_dict(), "bin")
+    (tmp_path / "hub" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"hub has no configuration; put the model's config\.json into it"):
+        MptForCausalLM.from_pretrained(tmp_path / "hub")
+    with pytest.raises(ValueError, match=r"is a part of a model's folder; give the folder, .*hub"):
+        MptForCausalLM.from_pretrained(tmp_path / "hub" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"mpt-7b does not exist; give a model's folder"):
+        load_weights(model(), tmp_path / "mosaicml/mpt-7b")

@@ -55,6 +55,107 @@ def test_hub_config_loads() -> None:
     assert config.attn_config.alibi and config.no_bias
 
 
+def test_extra_keys_are_kept_and_written_back(tmp_path) -> None:
+    """What only other libraries read: as it came, readable, without part in what two configurations have in common."""
+    hub = json.loads(HUB_7B) | {"fc_type": "torch", "ffn_config": {"ffn_type": "mptmlp"}}
+    hub["attn_config"] |= {"rope": False, "rope_theta": 10000}
+    config = MptConfig.from_dict(hub)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {key: written[key] for key in hub} == hub
+    assert config.auto_map == hub["auto_map"] and config.tokenizer_name == "EleutherAI/gpt-neox-20b"
+    assert config.to_dict()["auto_map"] is not config.auto_map
+    plain = config.to_dict(extra=False)
+    assert hub.keys() - plain.keys() == {
+        "architectures", "auto_map", "fc_type", "ffn_config", "tokenizer_name", "torch_dtype", "transformers_version",
+        "verbose",
+    }  # fmt: skip
+    assert not plain["attn_config"].keys() & {"rope", "rope_theta"} and "verbose" not in plain["init_config"]
+    assert MptConfig.from_dict(plain) == config == pickle.loads(pickle.dumps(config))
+    assert pickle.loads(pickle.dumps(config)).auto_map == copy.deepcopy(config).auto_map == config.auto_map
+    config.torch_dtype = torch.float16
+    config.save_pretrained(tmp_path, architecture="MptForTokenClassification")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["torch_dtype"] == "float16" and written["architectures"] == ["MptForTokenClassification"]
+    assert MptConfig(**SMALL).verbose == 0 and "verbose" not in MptConfig(**SMALL).to_dict()
+    with pytest.raises(AttributeError, match="no field 'auto_map'"):
+        _ = MptConfig(**SMALL).auto_map
+
+
+def test_hub_weights_with_their_config_load_in_transformers(tmp_path) -> None:
+    """auto_map and the rest do not lead it to code that is not there, nor dtype to another than the weights have."""
+    from transformers import AutoModelForCausalLM
+
+    hub = json.loads(HUB_7B) | SMALL | {"dtype": "bfloat16"}
+    model = MptForCausalLM(MptConfig.from_dict(hub))
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == "MptForCausalLM" and theirs.dtype == torch.float32
+    assert torch.equal(theirs.transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_storywriter() -> None:
+    """Its config.json, which transformers cannot parse; and the three lines of its card that change it."""
+    attn = {"clip_qkv": 6, "alibi_bias_max": 16, "attn_pdrop": 0.0}
+    config = MptConfig.from_dict(json.loads(HUB_7B) | {"max_seq_len": 65536, "attn_config": attn})
+    assert (config.attn_config.clip_qkv, config.attn_config.alibi_bias_max, config.max_seq_len) == (6.0, 16.0, 65536)
+    config.attn_config["attn_impl"] = "triton"
+    config.init_device = "cuda:0"
+    config.max_seq_len = 83968
+    config.check()
+    assert config.attn_config.attn_impl == config.attn_config["attn_impl"] == "triton"
+    with pytest.raises(AttributeError, match="did you mean 'clip_qkv'"):
+        config.attn_config.clip_qvk = 6
+    with pytest.raises(AttributeError, match="MptAttentionConfig has no field 'impl'"):
+        config.attn_config["impl"] = "torch"
+
+
+def test_labels() -> None:
+    """num_labels, id2label and label2id are one thing; transformers reads the same of what is written."""
+    from transformers import MptConfig as Theirs
+
+    names = {0: "no", 1: "yes", 2: "perhaps"}
+    for given in (
+        {},
+        {"num_labels": 2},
+        {"num_labels": 3},
+        {"id2label": names},
+        {"id2label": {str(i): name for i, name in names.items()}, "num_labels": 3},
+        {"label2id": {name: i for i, name in names.items()}},
+        {"id2label": names, "label2id": {"LABEL_0": 0, "LABEL_1": 1}},  # what transformers leaves of the default
+        {"num_labels": 1, "problem_type": "regression"},
+    ):
+        config = MptConfig(**SMALL, **given)
+        assert config.num_labels == len(config.id2label)
+        assert config.label2id == {name: i for i, name in config.id2label.items()}
+        assert MptConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        theirs = Theirs(**config.to_dict())
+        assert (theirs.num_labels, theirs.id2label) == (config.num_labels, config.id2label)
+        assert (theirs.label2id, theirs.problem_type) == (config.label2id, config.problem_type)
+    config = MptConfig(**SMALL, id2label=names)
+    config.num_labels = 3
+    assert config.id2label == names
+    config.num_labels = 2
+    assert config == MptConfig(**SMALL) and not config.to_dict().keys() & {"id2label", "label2id", "num_labels"}
+    config.label2id = {"a": 0}
+    assert config.id2label == {0: "a"} and config.num_labels == 1
+
+
+def test_overrides() -> None:
+    """Under any of a field's names; parts of attn_config only where given; the file's labels give way."""
+    values = SMALL | {"attn_config": {"clip_qkv": 6, "alibi_bias_max": 16}, "id2label": {"0": "a", "1": "b", "2": "c"}}
+    config = MptConfig.from_dict(
+        values, hidden_size=64, num_labels=4, attn_config={"alibi_bias_max": 8}, use_cache=False
+    )
+    assert (config.d_model, config.num_labels, config.id2label[3]) == (64, 4, "LABEL_3")
+    assert (config.attn_config.clip_qkv, config.attn_config.alibi_bias_max) == (6, 8)
+    assert MptConfig.from_dict(values | {"hidden_size": 32}, d_model=64).d_model == 64
+    assert MptConfig.from_dict(values, attn_config=MptAttentionConfig()).attn_config == MptAttentionConfig()
+    with pytest.raises(ValueError, match="hidden_size is 32 and d_model is 64"):
+        MptConfig.from_dict(values, d_model=64, hidden_size=32)
+    assert values["attn_config"] == {"clip_qkv": 6, "alibi_bias_max": 16}
+
+
 def test_foundry_section_takes_foundry_defaults() -> None:
     section = SMALL | {"name": "mpt_causal_lm", "attn_config": {"attn_impl": "triton"}, "loss_fn": "fused_crossentropy"}
     config = MptConfig.from_dict(section)
@@ -103,6 +204,7 @@ def test_attn_config_accepts(extra: dict) -> None:
         {"init_config": {"name": "xavier_normal_", "init_gain": 1, "init_div_is_residual": "2.5"}},
         {"init_config": {"emb_init_uniform_lim": [-1, 2]}},
         {"eos_token_id": [1, 2], "pad_token_id": 0},
+        {"eos_token_id": [1.0, 2], "pad_token_id": 3.0},
     ],
 )
 def test_config_accepts(extra: dict) -> None:
@@ -131,7 +233,6 @@ REFUSED = [
     ({"logit_scale": float("nan")}, "logit_scale is nan"),
     ({"norm_type": "batchnorm"}, "norm_type is 'batchnorm'"),
     ({"init_device": "tpu"}, "init_device is 'tpu'"),
-    ({"use_cache": True}, "use_cache is True"),
     ({"pad_token_id": 50}, "pad_token_id is 50"),
     ({"model_type": "llama"}, "model_type is 'llama'"),
     ({"hidden_size": 64}, "hidden_size is 64 and d_model is 32"),
@@ -154,6 +255,20 @@ REFUSED = [
     ({"attn_config": {"rope": True}}, "attn_config.rope is True"),
     ({"attn_config": {"sliding_window_size": 256}}, "attn_config.sliding_window_size is 256"),
     ({"attn_config": "alibi"}, "attn_config is 'alibi'"),
+    ({"num_label": 3}, "unknown key num_label .*did you mean 'num_labels'"),
+    ({"num_labels": 0}, "num_labels is 0; it must be a whole number, positive"),
+    ({"num_labels": 2**31 - 1}, r"num_labels is 2147483647; .* below 2\*\*20"),
+    ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3 and id2label names 1 labels"),
+    ({"id2label": {0: "a", 1: "b"}, "label2id": {"b": 0}}, "label2id says 'b' is 0 and id2label says 0 is 'a'"),
+    ({"id2label": {1: "a", 2: "b"}}, r"id2label names the labels \[1, 2\]; they must be 0, 1, ... without gaps"),
+    ({"id2label": {0: 5}}, "id2label.0. is 5"),
+    ({"id2label": {"first": "a"}}, "a key of id2label is 'first'"),
+    ({"id2label": ["a", "b"]}, "id2label is .*; it must be a mapping"),
+    ({"problem_type": "ranking"}, "problem_type is 'ranking'"),
+    ({"problem_type": "single_label_classification", "num_labels": 1}, "num_labels is 1, which leaves nothing"),
+    ({"classifier_dropout": 1}, "classifier_dropout is 1"),
+    ({"hidden_dropout": "0.1"}, "hidden_dropout is '0.1'"),
+    ({"init_device": "cuda:x"}, "init_device is 'cuda:x'"),
     ({"init_config": {"name": "orthogonal_"}}, "init_config.name is 'orthogonal_'"),
     ({"init_config": {"name": "baseline_"}}, "init_config.init_std is None"),
     ({"init_config": {"name": "xavier_uniform_"}}, "init_config.init_gain is 0"),

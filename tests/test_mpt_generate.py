@@ -6,15 +6,16 @@ from torch import Tensor
 from transformers import MptConfig as TheirConfig
 from transformers import MptForCausalLM as TheirModel
 
-from mpt import MptConfig, MptForCausalLM
-from mpt.generate import _sample
+from mpt import MptCache, MptConfig, MptForCausalLM
+from mpt import generate as generation
+from mpt.generate import TextStream, _sample
 
 SHAPE = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 97, "max_seq_len": 40}
 
 
 def model(attn: dict | None = None, **extra) -> MptForCausalLM:
     """With weights so large that greedy choices are clear."""
-    out = MptForCausalLM(MptConfig(**SHAPE, attn_config=attn, initializer_range=0.2, **extra)).eval()
+    out = MptForCausalLM(MptConfig(**(SHAPE | extra), attn_config=attn, initializer_range=0.2)).eval()
     return out
 
 
@@ -151,6 +152,91 @@ def test_sampling_follows_its_distribution(temperature: float, top_k: int | None
     counts = torch.bincount(draws, minlength=6).tolist()
     for count, chance in zip(counts, expected, strict=True):
         assert abs(count / n - chance) <= 5 * (chance * (1 - chance) / n) ** 0.5
+
+
+GQA = {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "qk_ln": True, "clip_qkv": 2}
+
+
+@pytest.mark.parametrize("attn", [{}, GQA, {"alibi": False}, {"prefix_lm": True}, {"attn_uses_sequence_id": True}])
+def test_a_cache_changes_no_token(attn: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of unequal length read in pieces, padding on both sides; greedy, penalised, and drawn."""
+    ours = model(attn, max_seq_len=60).double()
+    ids, mask = torch.randint(1, 97, (3, 23)), torch.ones(3, 23, dtype=torch.long)
+    mask[0, :11], mask[1, 15:], mask[2, :1], mask[2, 20:] = 0, 0, 0, 0
+    draws = {"do_sample": True, "seed": 3, "num_return_sequences": 2}
+    for piece in (2048, 9, 3):
+        monkeypatch.setattr(generation, "PREFILL", piece)
+        for flags in ({}, {"repetition_penalty": 1.4}, draws):
+            kwargs = {"max_new_tokens": 20, **flags}
+            assert torch.equal(ours.generate(ids, mask, **kwargs), ours.generate(ids, mask, use_cache=False, **kwargs))
+
+
+def test_what_the_model_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt in pieces, then one token at a time, with one row of logits each."""
+    ours, given = model(max_seq_len=8), []
+    forward = MptForCausalLM.forward
+
+    def record(self, ids: Tensor, **kwargs):
+        out = forward(self, ids, **kwargs)
+        given.append((ids.shape[1], out.logits.shape[1]))
+        return out
+
+    monkeypatch.setattr(MptForCausalLM, "forward", record)
+    monkeypatch.setattr(generation, "PREFILL", 20)
+    ours.generate(torch.randint(1, 97, (2, 25)), max_new_tokens=4)  # ALiBi: far beyond max_seq_len
+    assert given == [(10, 1), (10, 1), (5, 1), (1, 1), (1, 1), (1, 1)]
+
+
+def test_going_on_with_a_cache() -> None:
+    ours, cache = model().double(), MptCache()
+    ids = torch.randint(1, 97, (2, 5))
+    first = ours.generate(ids, max_new_tokens=6, past_key_values=cache)
+    assert len(cache) == 10
+    text = torch.cat((first, torch.randint(1, 97, (2, 3))), 1)
+    assert torch.equal(
+        ours.generate(text, max_new_tokens=6, past_key_values=cache), ours.generate(text, max_new_tokens=6)
+    )
+    refused = [
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences is 2 with past_key_values"),
+        ({"use_cache": False}, "use_cache is False and past_key_values is given"),
+        ({"input_ids": text}, "past_key_values holds 19 columns and input_ids 14; give the whole text"),
+        ({"attention_mask": torch.tensor([[1] * 20, [1] * 19 + [0]])}, "pads rows on the right"),
+        ({"input_ids": torch.ones(1, 20, dtype=torch.long)}, "holds 2 rows and the input has 1"),
+    ]
+    for kwargs, message in refused:
+        with pytest.raises(ValueError, match=message):
+            ours.generate(**({"input_ids": torch.ones(2, 20, dtype=torch.long), "past_key_values": cache} | kwargs))
+
+
+class Bytes:
+    """A tokenizer of bytes, which counts what it decodes."""
+
+    decoded = 0
+
+    def decode(self, ids: list[int]) -> str:
+        self.decoded += len(ids)
+        return bytes(ids).decode(errors="replace")
+
+
+def test_text_comes_in_whole_characters_at_constant_cost() -> None:
+    tokenizer = Bytes()
+    stream, text = TextStream(tokenizer), "aß€🙂" * 500
+    parts = [stream.put(b) for b in text.encode()]
+    assert "".join(parts) == text and parts[:6] == ["a", "", "ß", "", "", "€"]
+    assert tokenizer.decoded < 20 * len(parts)
+    assert stream.put(0xE2) == "" and stream.pending() == "\ufffd"
+
+
+def test_stop_strings_across_tokens_at_constant_cost() -> None:
+    """A stop string is seen wherever its tokens begin; as before where the text so far is decoded whole each time."""
+    for stop in ("b", "ab", "€🙂", "ßaß", "xx"):
+        tokenizer = Bytes()
+        data = ("aß€🙂b" * 3).encode()
+        watch = generation.StopWatch([stop, "never there"], tokenizer)
+        met = [watch.met(byte) for byte in data]
+        first = next((i for i in range(len(data)) if stop in data[: i + 1].decode(errors="replace")), None)
+        assert (met.index(True) if True in met else None) == first
+        assert tokenizer.decoded < 40 * len(data)
 
 
 IDS = torch.arange(10).view(2, 5)

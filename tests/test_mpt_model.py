@@ -9,7 +9,8 @@ from transformers import MptConfig as TheirConfig
 from transformers import MptForCausalLM as TheirModel
 
 import kernels
-from mpt import MptConfig, MptForCausalLM, MptModel
+from mpt import MptCache, MptConfig, MptForCausalLM, MptModel
+from mpt.config import parameter_shapes
 
 SHAPE = {"d_model": 64, "n_heads": 4, "n_layers": 3, "vocab_size": 97, "max_seq_len": 40}
 S = 33
@@ -169,6 +170,105 @@ def test_activation_checkpointing_gives_the_same_gradients(mode: str) -> None:
     assert len(runs) == 3 * once
 
 
+@pytest.mark.parametrize("name", ["activation", "gradient"])
+def test_activation_checkpointing_by_its_usual_names(name: str) -> None:
+    for model in (MptForCausalLM(MptConfig(**SHAPE)), MptModel(MptConfig(**SHAPE))):
+        enable, disable = (getattr(model, f"{name}_checkpointing_{verb}") for verb in ("enable", "disable"))
+        for given in ({}, {f"{name}_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": 1}):
+            assert not getattr(model, f"is_{name}_checkpointing")
+            enable(**given)
+            assert getattr(model, f"is_{name}_checkpointing")
+            assert {block.activation_checkpointing for block in model.base_model.blocks} == {"full"}
+            disable()
+        for wrong in (
+            ({"use_reentrant": True},),
+            ({"debug": True},),
+            (None, {"every_n_layers": 2}),
+            (None, {"offload": True}),
+        ):
+            with pytest.raises(ValueError, match=r"is asked for \w+=\w+; supported are use_reentrant=False"):
+                enable(wrong[0], **dict(*wrong[1:]))
+
+
+def test_size_and_place() -> None:
+    """num_parameters as transformers counts; device and dtype of the parameters."""
+    for extra in ({}, {"tie_word_embeddings": False}):
+        ours, theirs = MptForCausalLM(MptConfig(**SHAPE, **extra)), TheirModel(TheirConfig(**SHAPE, **extra))
+        for model in (ours, theirs):
+            model.transformer.norm_f.weight.requires_grad_(False)
+        for flags in ({}, {"only_trainable": True}, {"exclude_embeddings": True}):
+            assert ours.num_parameters(**flags) == theirs.num_parameters(**flags)
+    learned = MptForCausalLM(MptConfig(**SHAPE, attn_config={"alibi": False}))
+    assert learned.num_parameters(exclude_embeddings=True) == ours.num_parameters(exclude_embeddings=True) - 97 * 64
+    assert (ours.device, ours.dtype) == (torch.device("cpu"), torch.float32)
+    assert MptModel(MptConfig(**SHAPE, init_device="meta")).bfloat16().device.type == "meta"
+    assert ours.half().dtype == torch.float16
+    assert ours.base_model is ours.transformer and ours.base_model.base_model is ours.base_model
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("mean", [True, False])
+def test_resize_token_embeddings(tie: bool, mean: bool) -> None:
+    model = MptForCausalLM(MptConfig(**SHAPE, tie_word_embeddings=tie, initializer_range=0.5)).bfloat16().eval()
+    ids = torch.randint(0, 97, (2, S))
+    before, wte = model(ids).logits, model.get_input_embeddings()
+    weights = [m.weight.clone() for m in dict.fromkeys((wte, model.get_output_embeddings()))]
+    assert model.resize_token_embeddings(mean_resizing=mean) is wte and wte.weight.shape == (97, 64)
+    wte.weight.requires_grad_(False)
+    assert model.resize_token_embeddings(101, pad_to_multiple_of=32, mean_resizing=mean) is wte
+    assert model.config.vocab_size == wte.num_embeddings == 128
+    after = model(torch.cat((ids, torch.full((2, 1), 127)), 1)).logits
+    assert after.shape == (2, S + 1, 128) and torch.equal(after[:, :-1, :97], before)
+    for layer, weight in zip(dict.fromkeys((wte, model.get_output_embeddings())), weights, strict=True):
+        assert layer.weight.dtype == torch.bfloat16 and torch.equal(layer.weight[:97], weight)
+        if mean:
+            assert relative(layer.weight[97:].float(), weight.float().mean(0, keepdim=True)) < 0.01
+        else:
+            assert 0.4 < layer.weight[97:].float().std() < 0.6
+    assert not wte.weight.requires_grad and (tie or model.lm_head.weight.requires_grad)
+    assert tie or model.lm_head.out_features == 128
+    model.resize_token_embeddings(50)
+    assert model(ids % 50).logits.shape == (2, S, 50) and torch.equal(wte.weight, weights[0][:50])
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == parameter_shapes(model.config)
+
+
+def test_resize_refuses() -> None:
+    model = MptForCausalLM(MptConfig(**SHAPE, eos_token_id=90))
+    for given, message in (
+        ({"new_num_tokens": 80}, "eos_token_id is 90; ids must be in 0..79"),
+        ({"new_num_tokens": 0}, "new_num_tokens is 0; it must be a positive"),
+        ({"new_num_tokens": 100.0}, "new_num_tokens is 100.0"),
+        ({"pad_to_multiple_of": -8}, "pad_to_multiple_of is -8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.resize_token_embeddings(**given)
+        assert model.config.vocab_size == 97 and model.get_input_embeddings().weight.shape == (97, 64)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        with pytest.raises(ValueError, match="cannot resize sharded weights; call it before fully_shard"):
+            model.resize_token_embeddings(128)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_other_input_embeddings() -> None:
+    model = MptForCausalLM(MptConfig(**SHAPE)).eval()
+    ids, other = torch.randint(0, 97, (2, S)), torch.nn.Embedding(97, 64)
+    model.set_input_embeddings(other)
+    assert model.get_input_embeddings() is other is model.get_output_embeddings()
+    out = model(ids, output_hidden_states=True)
+    assert torch.equal(out.hidden_states[0], other.weight[ids])
+    assert relative(out.logits, out.hidden_states[-1] @ other.weight.T) < 1e-5
+    for wrong, message in (
+        (torch.nn.Embedding(98, 64), r"weight \(98, 64\); it must be \(vocab_size, d_model\) = \(97, 64\); resize"),
+        (torch.zeros(97, 64), r"embeddings are a Tensor; pass an nn\.Embedding with weight \(97, 64\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.set_input_embeddings(wrong)
+    assert MptModel(MptConfig(**SHAPE)).get_output_embeddings() is None
+
+
 def test_blocks_compile_whole() -> None:
     """Each block traces without a graph break, under autocast too."""
     model = MptForCausalLM(MptConfig(**SHAPE, no_bias=False, attn_config={"qk_ln": True, "clip_qkv": 3}))
@@ -224,16 +324,23 @@ def test_tied_head() -> None:
 
 IDS = torch.arange(10).view(2, 5)
 REFUSED = [
-    ({}, {"use_cache": True}, "key/value cache"),
-    ({}, {"past_key_values": ()}, "key/value cache"),
-    ({}, {"cache_position": IDS[0]}, "key/value cache"),
+    ({}, {"past_key_values": ()}, "past_key_values is tuple; pass an MptCache"),
+    ({}, {"past_key_values": MptCache(), "use_cache": False}, "use_cache is False and past_key_values is given"),
+    ({}, {"cache_position": IDS[1]}, r"cache_position is 5\.\.9; past_key_values holds 0 columns"),
     ({}, {"input_ids": None}, "either input_ids or inputs_embeds"),
     ({}, {"inputs_embeds": torch.zeros(2, 5, 64)}, "either input_ids or inputs_embeds"),
     ({}, {"input_ids": IDS[0]}, r"input_ids must be \(B, S\)"),
+    ({}, {"input_ids": IDS[:, :0]}, r"none of them 0, not \(2, 0\)"),
+    ({}, {"input_ids": IDS.float()}, "input_ids are torch.float32; they must be int64 or int32"),
+    ({}, {"input_ids": [[1, 2]]}, "are tensors, not list; call torch.tensor"),
+    ({}, {"input_ids": None, "inputs_embeds": torch.zeros(2, 5, 60)}, r"inputs_embeds are \(2, 5, 60\); d_model is 64"),
+    ({}, {"input_ids": None, "inputs_embeds": IDS[..., None]}, "inputs_embeds are torch.int64; they must be floating"),
     ({}, {"input_ids": IDS + 90}, r"input_ids hold 99; ids must be in 0\.\.96"),
     ({}, {"input_ids": IDS - 1}, r"input_ids hold -1; ids must be in 0\.\.96"),
     ({}, {"attention_mask": torch.ones(2, 4)}, r"attention_mask is \(2, 4\)"),
     ({}, {"attention_mask": torch.ones(2, 1, 5, 5)}, "attention_mask is"),
+    ({}, {"attention_mask": torch.full((2, 5), -1e9)}, r"attention_mask holds -1000000000\.0; it is 1 where"),
+    ({}, {"attention_mask": [[1] * 5] * 2}, "attention_mask is a list; it must be a tensor"),
     ({}, {"labels": IDS[:, 1:]}, r"labels are \(2, 4\)"),
     ({}, {"prefix_mask": torch.ones(2, 5)}, "takes no prefix_mask"),
     ({"prefix_lm": True}, {}, "needs prefix_mask"),

@@ -108,14 +108,22 @@ def test_only_a_deep_check_reads_the_shards(recipe, capsys, tmp_path):
     assert "shard-00003.bin: shard altered" in capsys.readouterr().err
 
 
-def test_check_looks_at_the_checkpoint_to_load(recipe, capsys, tmp_path):
+def test_check_looks_at_the_checkpoint_to_load(recipe, capsys, tmp_path, monkeypatch):
     from mpt import MptConfig, MptForCausalLM
+    from mpt.checkpoint import open_checkpoint
+    from mpt.convert import convert
 
     MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=100, max_seq_len=16)).save_pretrained(
         tmp_path / "hf"
     )
     assert train.main([recipe, "--check", "--deep", f"load_path={tmp_path / 'hf'}"]) == 0
     assert "names and shapes are right" in capsys.readouterr().out
+    convert(open_checkpoint(tmp_path / "hf"), tmp_path / "rank0.pt")
+    assert train.main([recipe, "--check", "--deep", f"load_path={tmp_path / 'rank0.pt'}"]) == 0
+    assert "rank0.pt: names and shapes are right" in capsys.readouterr().out
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert train.main([recipe, "--check", "load_path=mosaicml/no-such-mpt"]) == 2
+    assert "mosaicml/no-such-mpt is not a path here" in capsys.readouterr().err
     assert train.main([recipe, "--check", f"load_path={tmp_path / 'hf'}", "model.d_model=64"]) == 2
     assert "transformer.wte.weight" in capsys.readouterr().err
 

@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor
 
 import mpt.checkpoint
 import trainer.checkpoint
+from mpt.manifest import DamagedCheckpoint, list_steps
 from trainer.checkpoint import Checkpointer, compare_shapes, describe, find, load_weights, verify
 from trainer.errors import InputError
-from trainer.manifest import DamagedCheckpoint, list_steps
 
 # One process without torch.distributed is a case of its own here.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -422,7 +422,7 @@ def test_find_and_load_weights(tmp_path):
     assert find(folder) == folder / "step-2"
     (folder / "latest").write_text("step-1\n")
     assert find(folder) == folder / "step-1"
-    with pytest.raises(InputError, match=r"no checkpoint at .*nothing"):
+    with pytest.raises(InputError, match=r"nothing does not exist; give a model's folder"):
         load_weights(tmp_path / "nothing", model)
 
 
@@ -433,8 +433,8 @@ def test_a_hugging_face_folder_that_cannot_be_read(tmp_path, monkeypatch, error)
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(mpt.checkpoint, "load_hf", fail)
-    monkeypatch.setattr(mpt.checkpoint, "stored_tensors", fail)
+    monkeypatch.setattr(mpt.checkpoint, "load_weights", fail)
+    monkeypatch.setattr(mpt.checkpoint, "open_checkpoint", fail)
     for read in (describe, lambda path: load_weights(path, make()[0])):
         with pytest.raises(InputError, match=rf"{tmp_path} cannot be read: .*(Input|header too)"):
             read(tmp_path)

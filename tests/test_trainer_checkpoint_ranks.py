@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from mpt import MptConfig, MptForCausalLM
 from mpt.initialize import init_weights
+from mpt.manifest import list_steps, read_manifest
 from trainer.checkpoint import Checkpointer, describe, export_hf, load_weights, verify
 from trainer.errors import InputError
-from trainer.manifest import list_steps, read_manifest
 from trainer.optim import OptimizerConfig, build_optimizer
 from trainer.parallel import FsdpConfig, materialize, shard_model
 

@@ -336,8 +336,8 @@ def test_one_stream_is_a_folder(load):
         ),
         (
             "save_folder: ./{run_name}/checkpoints",
-            "load_path: ./x/latest-rank{rank}.pt",
-            r"is a Composer checkpoint; convert",
+            "load_path: ./x/latest-rank{rank}.symlink",
+            r"latest-rank0\.symlink is a text file that names",
         ),
         (
             "    max_seq_len: ${variables.max_seq_len}\n    shuffle_seed",

@@ -16,6 +16,8 @@ import torch
 from data_files import write_shards, write_tokenizer
 from launch import ROOT, environment, launch
 
+from mpt.checkpoint import open_checkpoint
+from mpt.convert import convert
 from scripts import check_run
 from trainer import InputError, load_config, run
 
@@ -322,10 +324,12 @@ def test_torchrun_stops_on_a_signal_and_resumes(how: int, recipe: Path, whole: P
 
 
 def test_load_path_takes_weights_only(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    convert(open_checkpoint(whole / "export"), tmp_path / "ep0-ba12-rank0.pt")
     for name, source in (
         ("checkpoint", whole / "checkpoints" / "step-12"),
         ("export", whole / "export"),
         ("run", whole),
+        ("composer", tmp_path / "ep0-ba12-rank0.pt"),
     ):
         folder = tmp_path / name
         config = load_config(

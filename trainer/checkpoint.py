@@ -19,9 +19,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import mpt.checkpoint
-from mpt import MptConfig
-from trainer.errors import InputError
-from trainer.manifest import (
+from mpt import MptConfig, hub
+from mpt.manifest import (
     INDEX,
     LATEST,
     DamagedCheckpoint,
@@ -39,7 +38,8 @@ from trainer.manifest import (
     write_manifest,
     write_text,
 )
-from trainer.named_state import Shape, compare_shapes, model_shapes, named_state, read, reason, whole_parameters, write
+from trainer.errors import InputError
+from trainer.named_state import Shape, compare_shapes, named_state, read, reason, whole_parameters, write
 
 __all__ = ["Checkpointer", "compare_shapes", "describe", "export_hf", "find", "load_weights", "verify"]
 
@@ -339,14 +339,15 @@ class Checkpointer:
 def load_weights(path: Path | str, model: nn.Module) -> None:
     """Load parameters and buffers, not optimizer state or counters, in place; each rank reads only its part.
 
-    path: a `step-N` folder, a run's folder (its latest checkpoint), or a Hugging Face directory. Collective.
+    path: a `step-N` folder, a run's folder (its latest checkpoint), or what else mpt.checkpoint.open_checkpoint takes:
+    a Hugging Face directory, a name on the hub, a Composer file. Collective.
     Raises InputError if there is none, if it is damaged, or, with a table, if names or shapes are not the model's.
     """
-    path = Path(path)
-    if is_hugging_face(path):
-        _agree(None, lambda: _as_input_error(mpt.checkpoint.load_hf, model, path))
+    local = _agree(None, lambda: _as_input_error(hub.local_path, path))[_place()[0]]
+    if not is_own(local):
+        _agree(None, lambda: _as_input_error(mpt.checkpoint.load_weights, model, local))
         return
-    found = find(path)
+    found = find(local)
     _, index = _verified(found, None)
     read(found, index, model, None, None)
 
@@ -356,15 +357,15 @@ def describe(path: Path | str) -> dict[str, Shape]:
 
     Raises InputError if there is no checkpoint at `path`, or if its manifest or index is damaged.
     """
+    source = _as_input_error(mpt.checkpoint.open_checkpoint, path)
+    tensors = source.tensors if source.kind == "run" else source.with_head()
+    return {name: stored.shape for name, stored in tensors.items()}
+
+
+def is_own(path: Path | str) -> bool:
+    """Whether a path means a checkpoint that this program saved in training."""
     path = Path(path)
-    if is_hugging_face(path):
-        stored = _as_input_error(mpt.checkpoint.stored_tensors, path)
-        # Of a model without head, names lack the prefix.
-        return {
-            n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t.shape for n, t in stored.items()
-        }
-    found = find(path)
-    return model_shapes(read_index(found, read_manifest(found)))
+    return path.is_dir() and mpt.checkpoint.form_of(path) == "run"
 
 
 def verify(path: Path | str) -> Manifest:
@@ -394,9 +395,8 @@ def export_hf(
     tensors = iter(whole_parameters(model))
     error: Exception | None = None
     try:
-        mpt.checkpoint.save_hf(
-            tensors, config, folder, dtype=dtype, write=_place()[0] == 0, tokenizer_files=tokenizer_files
-        )
+        companions = {file.name: file.read_bytes() for file in tokenizer_files}
+        mpt.checkpoint.save_hf(tensors, config, folder, dtype=dtype, write=_place()[0] == 0, companions=companions)
     except (OSError, ValueError, SafetensorError) as e:
         error = e
         for _, gather in tensors:  # the ranks that go on wait for this one in each
@@ -454,15 +454,12 @@ def _verified(path: Path, group: dist.ProcessGroup | None) -> tuple[Manifest, Me
     return found[0]
 
 
-def is_hugging_face(path: Path) -> bool:
-    """Whether a folder holds weights as Hugging Face's libraries save them, not as this program does."""
-    return path.is_dir() and any(any(path.glob(pattern)) for pattern in ("*.safetensors*", "pytorch_model*.bin*"))
-
-
 def _as_input_error(function: Callable[..., T], *arguments: Any) -> T:
     """What `function` returns; its last argument is the folder that it reads."""
     try:
         return function(*arguments)
+    except InputError:
+        raise
     except ValueError as e:
         raise InputError(str(e)) from e
     except (OSError, SafetensorError) as e:

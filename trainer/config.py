@@ -16,6 +16,7 @@ import torch
 from kernels import backend
 from mpt import MptConfig
 from mpt.config import parameter_shapes
+from mpt.hub import is_hub_name
 from trainer import foundry, yamlfile
 from trainer.checkpoint import compare_shapes, describe
 from trainer.data import LoaderConfig, TokenBatches, file_sha256, find_tokenizer, open_loader, read_manifest
@@ -54,8 +55,9 @@ class TrainConfig:
     """One training run. Every field is the YAML key of the same name.
 
     run_name: one path component; in a YAML file it may be left to the environment's RUN_NAME.
-    save_folder: the run folder; null: runs/{run_name}. load_path: weights to start from: a checkpoint, a run folder or
-        a Hugging Face directory. autoresume: go on from the run folder's newest checkpoint.
+    save_folder: the run folder; null: runs/{run_name}. load_path: weights to start from: a checkpoint, a run folder,
+        a Hugging Face directory or name on its hub, a Composer .pt file. autoresume: go on from the run folder's
+        newest checkpoint.
     max_duration, eval_interval, save_interval: durations (trainer.duration); an integer is optimizer steps; an interval
         of 0 means only at the end.
     precision: of the computation; weights, gradients' sums and optimizer state are fp32 in both.
@@ -461,9 +463,10 @@ def _cached_tokenizer(name: str) -> Path | None:
 
 
 def _check_load_path(load_path: str, model_config: MptConfig) -> None:
-    if not Path(load_path).exists():
+    if not Path(load_path).exists() and not is_hub_name(load_path):
         raise InputError(
-            f"load_path={load_path} does not exist; give a checkpoint, a run folder or a Hugging Face directory"
+            f"load_path={load_path} does not exist; give a checkpoint, a run folder, a Hugging Face directory, a name "
+            "on the hub or a Composer .pt file"
         )
     expected, found = parameter_shapes(model_config), describe(load_path)
     if model_config.tie_word_embeddings:

@@ -1,5 +1,5 @@
-"""The one exception for bad input: its message names the field, the value it had, and what to do."""
+"""The one exception for bad input, for all of the trainer; the checkpoints' formats, which are mpt's, raise it too."""
 
+from mpt.errors import InputError
 
-class InputError(ValueError):
-    """A configuration, file, checkpoint or argument that cannot be used. `train.py` prints it and exits with 2."""
+__all__ = ["InputError"]

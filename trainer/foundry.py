@@ -381,8 +381,10 @@ def _loggers(t: _Translation, values: Mapping[str, Any]) -> dict[str, Any]:
 def _path(t: _Translation, key: str, path: str, run_name: str) -> str:
     """Composer's placeholders filled in. Its save_folder is the checkpoints' folder, ours the run's above that."""
     path = path.replace("{run_name}", run_name)
-    if key == "load_path" and (path.endswith((".pt", ".symlink"))):
-        raise t.error((key,), f"{path} is a Composer checkpoint; convert it to a Hugging Face directory and name that")
+    if key == "load_path":
+        path = path.replace("{rank}", "0")  # a monolithic checkpoint is rank 0's
+        if path.endswith(".symlink"):
+            raise t.error((key,), f"{path} is a text file that names a checkpoint in an object store; name a .pt file")
     if "{" in path:
         raise t.error((key,), f"{path}: only the placeholder {{run_name}} is supported")
     if key == "save_folder":

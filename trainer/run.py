@@ -19,6 +19,7 @@ import torch
 import kernels.backend
 from mpt import MptConfig, MptForCausalLM
 from mpt.initialize import init_weights
+from mpt.manifest import list_steps
 from trainer.checkpoint import Checkpointer, export_hf, load_weights
 from trainer.config import Resolved, TrainConfig, config_to_yaml, open_run_data, validate
 from trainer.data import Prefetcher, TokenBatches, unigram_entropy
@@ -26,7 +27,6 @@ from trainer.data.tokenizer import open_tokenizer, settings_files
 from trainer.errors import InputError
 from trainer.history import replace_file
 from trainer.loggers import Loggers
-from trainer.manifest import list_steps
 from trainer.metrics import StepTimer, flops_per_token, memory_gib, peak_flops, profiler
 from trainer.optim import build_optimizer, clip_grad_norm, lr_multiplier, set_lr
 from trainer.parallel import (
@@ -133,7 +133,7 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
     if restored is not None:
         state = TrainState(**restored)
     elif config.load_path:
-        load_weights(Path(config.load_path), model)
+        load_weights(config.load_path, model)
     else:
         init_weights(model, config.seed)
 
@@ -170,7 +170,7 @@ def _sharded_model(config: TrainConfig, model_config: MptConfig, world: World) -
 def _fingerprint(config: TrainConfig, resolved: Resolved, data: TokenBatches) -> dict[str, Any]:
     """What a run must not change when it resumes. Durations, intervals, loggers and micro-batch are free."""
     return {
-        "model": resolved.model_config.to_dict(),
+        "model": resolved.model_config.to_dict(extra=False),
         "data": data.fingerprint(),
         "seed": config.seed,
         "optimizer": asdict(config.optimizer),

@@ -10,9 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from trainer.checkpoint import Checkpointer, describe, find, load_weights, verify
-from trainer.errors import InputError
-from trainer.manifest import (
+from mpt.manifest import (
     DamagedCheckpoint,
     check_files,
     file_entry,
@@ -22,6 +20,8 @@ from trainer.manifest import (
     write_manifest,
     write_text,
 )
+from trainer.checkpoint import Checkpointer, describe, find, load_weights, verify
+from trainer.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -101,7 +101,7 @@ def test_manifest_that_lists_no_files(step, files):
 
 def test_manifest_of_a_newer_format(step, monkeypatch):
     manifest = read_manifest(step)
-    monkeypatch.setattr("trainer.manifest.VERSION", 2)
+    monkeypatch.setattr("mpt.manifest.VERSION", 2)
     write_manifest(step, manifest, fsync=False)
     monkeypatch.undo()
     with pytest.raises(DamagedCheckpoint, match="format version 2; this program reads 1"):

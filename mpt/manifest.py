@@ -19,7 +19,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from trainer.errors import InputError
+from mpt.errors import InputError
 
 MANIFEST = "manifest.json"
 INDEX = ".metadata"
@@ -149,10 +149,11 @@ def file_entry(path: Path) -> dict[str, Any]:
         return {"bytes": os.fstat(f.fileno()).st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
 
-def check_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> None:
+def check_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1, hashes: bool = True) -> None:
     """Compare all sizes, and the SHA-256 of every `parts`-th file from `part` on, with the manifest.
 
-    Ranks divide the reading by passing their rank and the world size. Raises DamagedCheckpoint naming the file.
+    Ranks divide the reading by passing their rank and the world size. hashes=False compares sizes only, which reads
+    nothing. Raises DamagedCheckpoint naming the file.
     """
     for i, (name, entry) in enumerate(sorted(manifest.files.items())):
         path = folder / name
@@ -160,7 +161,7 @@ def check_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int =
             size = path.stat().st_size
             if size != entry["bytes"]:
                 raise DamagedCheckpoint(f"{path} has {size:,} bytes instead of {entry['bytes']:,}")
-            if i % parts == part and file_entry(path) != entry:
+            if hashes and i % parts == part and file_entry(path) != entry:
                 raise DamagedCheckpoint(f"{path} is altered: its SHA-256 is not the manifest's")
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{path} is missing") from None
@@ -205,6 +206,12 @@ def list_steps(folder: Path) -> list[tuple[int, Path]]:
 def left_over(folder: Path) -> list[Path]:
     """What a killed run left half written or half deleted under `folder`; other files are none of ours."""
     return [path for path in folder.iterdir() if _LEFT_OVER.fullmatch(path.name)]
+
+
+def is_run(path: Path) -> bool:
+    """Whether `find` would find a checkpoint at this folder, or say how one is damaged."""
+    folders = (path, path / "checkpoints")
+    return (path / MANIFEST).is_file() or bool(_STEP.fullmatch(path.name)) or any(map(list_steps, folders))
 
 
 def find(path: Path | str) -> Path:

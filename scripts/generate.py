@@ -1,0 +1,304 @@
+"""Continue prompts with a model, or chat with it, printing the text as it comes.
+
+CHECKPOINT is a Hugging Face folder: config.json, weights, tokenizer.json. Without --prompt the prompt is read from
+standard input. Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
+Example: python scripts/generate.py runs/mpt-tiny/export --prompt "def main(" --temperature 0.8 --seed 1
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+    from mpt import MptForCausalLM
+    from mpt.generate import TextDecoder
+
+# Our packages take seconds to import: inside the functions, so that Ctrl-C is answered in a line from the start.
+
+INSTRUCT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
+    "\n"
+    "### Instruction:\n"
+    "{instruction}\n"
+    "\n"
+    "### Response:\n"
+)
+MESSAGE = "<|im_start|>{role}\n{content}<|im_end|>\n"
+ANSWER = "<|im_start|>assistant\n"
+END = "<|im_end|>"
+
+
+class Unusable(Exception):
+    """Input that cannot be used; the message says what to do."""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a Hugging Face folder, e.g. a run's export/"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or several; - is standard input"
+    )
+    what.add_argument("--chat", action="store_true", help="talk in ChatML: a message per line, an empty one ends")
+    parser.add_argument("--instruct", action="store_true", help="put each prompt into the template of MPT-Instruct")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of each answer (default: 256)")
+    parser.add_argument("--do-sample", action="store_true", help="draw tokens; the next three options imply it")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of the draws (default: 1)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that together reach P")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: fewer repeats")
+    parser.add_argument(
+        "--eos-token-id", type=int, nargs="+", metavar="ID", help="ids that end a text (default: the model's)"
+    )
+    parser.add_argument(
+        "--stop", nargs="+", default=[], metavar="TEXT", help="texts that end a text, and are not printed"
+    )
+    parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="drawn for each prompt")
+    parser.add_argument("--seed", type=int, help="of the draws (default: another one each time)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: theirs)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--no-cache", action="store_true", help="compute every step from all tokens again")
+    args = parser.parse_args(argv)
+    if args.chat and (args.instruct or args.num_return_sequences > 1 or args.no_cache):
+        parser.error("--chat goes without --instruct, --num-return-sequences and --no-cache")
+    if args.system is not None and not args.chat:
+        parser.error("--system goes with --chat")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    try:
+        from trainer.errors import InputError
+
+        try:
+            return _run(args)
+        except (Unusable, InputError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    prompts = [] if args.chat else read_prompts(args)
+    model, tokenizer = load(args)
+    if args.chat:
+        Chat(model, tokenizer, args).talk()
+        return 0
+    for i, prompt in enumerate(prompts):
+        if len(prompts) > 1:
+            print(f"{'' if i == 0 else chr(10)}==> {_short(prompt)} <==", flush=True)
+        complete(model, tokenizer, prompt, args)
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts, from the command line or standard input, in the template if --instruct asks for it."""
+    if args.prompt is None and sys.stdin.isatty():
+        raise Unusable("no prompt; give --prompt TEXT, --chat, or the prompt on standard input")
+    given = args.prompt or ["-"]
+    if given.count("-") > 1:
+        raise Unusable("--prompt - is given twice; standard input can be read once")
+    prompts = [sys.stdin.read() if text == "-" else text for text in given]
+    for i, text in enumerate(prompts):
+        if not text.strip() if args.instruct else not text:
+            where = "standard input" if given[i] == "-" else f"--prompt number {i + 1}"
+            raise Unusable(f"the prompt is empty ({where}); give a text to go on from")
+    return [INSTRUCT.format(instruction=text.strip("\n")) for text in prompts] if args.instruct else prompts
+
+
+def load(args: argparse.Namespace) -> tuple["MptForCausalLM", "Tokenizer"]:
+    """The model and its tokenizer."""
+    import torch
+
+    from mpt import MptForCausalLM
+    from trainer.data.tokenizer import find_tokenizer, open_tokenizer
+
+    folder = args.checkpoint
+    if not folder.is_dir():
+        kind = "is a file" if folder.exists() else "does not exist"
+        raise Unusable(f"{folder} {kind}; give a Hugging Face folder: config.json, weights, tokenizer.json")
+    if not (folder / "config.json").is_file():
+        export = folder / "export"
+        hint = f"; give {export}" if export.is_dir() else "; give a folder that a model was saved to"
+        raise Unusable(f"{folder} has no config.json{hint}")
+    tokenizer = open_tokenizer(find_tokenizer(folder))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    try:
+        model = MptForCausalLM.from_pretrained(folder, dtype=dtype, device=device)
+    except (RuntimeError, AssertionError) as error:  # a device that does not exist, or has no room
+        raise Unusable(f"{folder} on {device}: {str(error).splitlines()[0]}") from None
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise Unusable(
+            f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+    return model, tokenizer
+
+
+def options(args: argparse.Namespace, model: "MptForCausalLM", prompt: int) -> dict[str, Any]:
+    """generate's arguments. Where learned positions end, so does the text."""
+    config = model.config
+    new = args.max_new_tokens
+    if config.learned_positions:
+        new = min(new, config.max_seq_len - prompt + 1)
+        if new < 1:
+            raise Unusable(f"the text has {prompt} tokens, and the model's positions end at {config.max_seq_len}")
+    return {
+        "max_new_tokens": new,
+        "do_sample": args.do_sample or any(v is not None for v in (args.temperature, args.top_k, args.top_p)),
+        "temperature": 1.0 if args.temperature is None else args.temperature,
+        "top_k": args.top_k,
+        "top_p": 1.0 if args.top_p is None else args.top_p,
+        "repetition_penalty": args.repetition_penalty,
+        "eos_token_id": args.eos_token_id,
+        "seed": args.seed,
+    }
+
+
+def complete(model: "MptForCausalLM", tokenizer: "Tokenizer", prompt: str, args: argparse.Namespace) -> None:
+    """Print what follows one prompt: as it comes, or, of several sequences, one after the other."""
+    import torch
+
+    ids = tokenizer.encode(prompt).ids
+    if not ids:
+        raise Unusable(f"the prompt {prompt!r} has no tokens; give a text to go on from")
+    several = args.num_return_sequences > 1
+    printer = Printer(tokenizer, args.stop)
+    out = model.generate(
+        torch.tensor([ids], device=model.get_input_embeddings().weight.device),
+        **options(args, model, len(ids)),
+        stop_strings=args.stop,
+        tokenizer=tokenizer,
+        num_return_sequences=args.num_return_sequences,
+        use_cache=not args.no_cache,
+        streamer=None if several else printer,
+    )
+    if several:
+        for i, row in enumerate(out):
+            print(f"--- {i + 1}")
+            printer = Printer(tokenizer, args.stop)
+            for token in (row[:0], *row[len(ids) :, None]):
+                printer.put(token)
+            printer.end()
+
+
+class Printer:
+    """A streamer that prints one row's text: whole characters, and nothing of a text that ends it."""
+
+    def __init__(self, tokenizer: "TextDecoder", stops: Sequence[str]) -> None:
+        from mpt.generate import TextStream
+
+        self.ids: list[int] = []
+        self._stream, self._stops = TextStream(tokenizer), stops
+        self._held, self._prompt, self._stopped = "", True, False
+
+    def put(self, value: "Tensor") -> None:
+        """The prompt first, which is not printed, then one token at a time."""
+        if self._prompt:
+            self._prompt = False
+            return
+        token = int(value)
+        self.ids.append(token)
+        self._write(self._stream.put(token))
+
+    def end(self) -> None:
+        """The rest, and a line's end."""
+        self._write(self._stream.pending())
+        print(self._held, flush=True)
+        self._held = ""
+
+    def _write(self, text: str) -> None:
+        if self._stopped:
+            return
+        text = self._held + text
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            text, self._held, self._stopped = text[: min(found)], "", True
+        else:  # what may be the beginning of a stop string waits
+            kept = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            text, self._held = text[: len(text) - kept], text[len(text) - kept :]
+        print(text, end="", flush=True)
+
+
+class Chat:
+    """A conversation in ChatML. Its ids, and the cache of all but the newest, stay from turn to turn."""
+
+    def __init__(self, model: "MptForCausalLM", tokenizer: "Tokenizer", args: argparse.Namespace) -> None:
+        from mpt import MptCache
+
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.cache, self.ids = MptCache(), []  # type: tuple[MptCache, list[int]]
+        end = tokenizer.token_to_id(END)
+        configured = model.config.eos_token_id if args.eos_token_id is None else args.eos_token_id
+        ends = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
+        self.ends = ends if end is None else [*ends, end]
+        self.stops = [*args.stop, *([END] if end is None else [])]
+        if args.system is not None:
+            self._add(MESSAGE.format(role="system", content=args.system))
+
+    def talk(self) -> None:
+        """Answers messages, one per line, until the input ends or a line is empty. Ctrl-C ends an answer."""
+        while message := self._listen():
+            self._add(MESSAGE.format(role="user", content=message) + ANSWER)
+            printer = Printer(self.tokenizer, self.stops)
+            try:
+                self._answer(printer)
+            except KeyboardInterrupt:
+                printer.end()
+            self.ids += printer.ids
+            self._close(printer.ids)
+
+    def _listen(self) -> str:
+        try:
+            return input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return ""
+
+    def _answer(self, printer: Printer) -> None:
+        import torch
+
+        kwargs = options(self.args, self.model, len(self.ids)) | {"eos_token_id": self.ends}
+        self.model.generate(
+            torch.tensor([self.ids], device=self.model.get_input_embeddings().weight.device),
+            **kwargs,
+            stop_strings=self.stops,
+            tokenizer=self.tokenizer,
+            streamer=printer,
+            past_key_values=self.cache,
+        )
+
+    def _close(self, answer: list[int]) -> None:
+        """Ends the assistant's message as ChatML does, however it ended."""
+        said = self.tokenizer.decode(answer, skip_special_tokens=False)
+        self._add("\n" if said.endswith(END) else f"{END}\n")
+
+    def _add(self, text: str) -> None:
+        self.ids += self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:57] + "..."
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.exit(main())

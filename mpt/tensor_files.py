@@ -90,7 +90,7 @@ class Stored:
         ):
             target.copy_(self.rows(first, first + target.shape[0]))
             return
-        # Read to where it belongs: half the page faults of a mapped file, and no threads that wait for each other.
+        # Read to where it belongs: no page of the file is mapped, and no threads wait for each other over a copy.
         path, start = self.place
         rest = target.view(torch.uint8).reshape(-1).numpy().data
         with path.open("rb", buffering=0) as file:

@@ -139,6 +139,7 @@ def _write_config(folder: Path, config: MptConfig, dtype: torch.dtype | None) ->
     config.save_pretrained(folder)
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8")) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    values.pop("auto_map", None)  # it names code, which is not copied along
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if ignored := unsupported_by_transformers(config):
         warnings.warn(

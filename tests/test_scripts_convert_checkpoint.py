@@ -57,6 +57,7 @@ def test_to_a_folder_and_to_composer_and_back(tmp_path: Path, kind: str, capsys:
     assert f"{wanted.num_parameters():,} parameters in {str(wanted.transformer.wte.weight.dtype)[6:]}" in out.out
     loaded = MptForCausalLM.from_pretrained(tmp_path / "hf")
     assert same(loaded, wanted) and loaded.config == wanted.config
+    assert "auto_map" not in json.loads((tmp_path / "hf" / "config.json").read_text())
     files = sorted(tmp_path.glob("hf/*.safetensors"))
     assert len(files) > 1
     stored = {name: tuple(t.shape) for file in files for name, t in load_file(file).items()}

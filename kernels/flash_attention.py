@@ -436,6 +436,7 @@ _NEEDS |= dict.fromkeys(("KEY_MAX", "ORDER", "LAST"), "SKIP")
 
 
 _MAIN_KERNELS = {"fwd": "fwd", "dq": "bwd_dq", "dkdv": "bwd_dkdv", "dk": "bwd_dkdv", "dv": "bwd_dkdv"}
+_NO_SPILL = {("sm_90", d) for d in (64, 112, 128)}  # tiles chosen so, in 16 bits; dropout takes too many registers
 _SMALL_KERNELS = ("bounds", "key_norm", "key_max", "order", "last_kept", "bwd_delta")
 
 
@@ -498,9 +499,19 @@ def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group
     label = f"{part} D{d} {short} {shape} {tile.m}x{tile.n} warps {tile.warps} group {group}" if main else part
     options = {"enable_fp_fusion": True} if main else {}
     scores = tile.m * tile.n if main else None
-    stages = tile.stages
+    no_spill = main and (name, d) in _NO_SPILL and dtype != torch.float32 and "DROPOUT" not in on
     return Variant(
-        "flash_attention", label, kernel, signature, constants, divisible, tile.warps, stages, scores, options
+        op="flash_attention",
+        label=label,
+        kernel=kernel,
+        signature=signature,
+        constants=constants,
+        divisible=divisible,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        scores=scores,
+        options=options,
+        no_spill=no_spill,
     )
 
 

@@ -178,7 +178,10 @@ def _early(PREFIX_MASK, cols, T, MODE: tl.constexpr):
 @triton.jit
 def _visible(pos, cols, qid, KEY_IDS, PREFIX_MASK, T, window, MODE: tl.constexpr):
     """(rows, keys) bool of queries at positions pos with ids qid and keys cols."""
-    see = (cols < T)[None, :]
+    if IDS & MODE:  # keys beyond T have id -1
+        see = _key_ids(KEY_IDS, cols, T, MODE)[None, :] == qid[:, None]
+    else:
+        see = (cols < T)[None, :]
     if CAUSAL & MODE:
         under = cols[None, :] <= pos[:, None]
         if PREFIX & MODE:
@@ -187,8 +190,6 @@ def _visible(pos, cols, qid, KEY_IDS, PREFIX_MASK, T, window, MODE: tl.constexpr
     if WINDOW & MODE:
         away = pos[:, None] - cols[None, :]
         see = see & (away < window) & (-away < window)
-    if IDS & MODE:
-        see = see & (_key_ids(KEY_IDS, cols, T, MODE)[None, :] == qid[:, None])
     return see
 
 
@@ -691,12 +692,14 @@ def _flash_attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkdv_loop(
-    dk, dv, k, v, Q, DO, LSE2, DELTA, START, KEY_IDS, QUERY_IDS, PREFIX_MASK, SEED, b, h, counter, sqm, sdm, lo, hi, S,
-    T, n0, off, window, dropout_p, qk_scale, slope2, DK: tl.constexpr, DV: tl.constexpr, CHECK: tl.constexpr,
-    MODE: tl.constexpr, DH: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TILE_M: tl.constexpr,
-    TMA: tl.constexpr, PREC: tl.constexpr,
+    dk, dv, k, v, Q, DO, LSE2, DELTA, START, KEY_IDS, QUERY_IDS, PREFIX_MASK, SEED, b, h, counter, sqm, sdm, lo, hi,
+    jump, over, S, T, n0, off, window, dropout_p, qk_scale, slope2, DK: tl.constexpr, DV: tl.constexpr,
+    CHECK: tl.constexpr, MODE: tl.constexpr, DH: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    TILE_M: tl.constexpr, TMA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Scores as (queries, keys): what belongs to a row costs few registers then, and p and ds pass through shared
+    """Rows lo .. hi; where CHECK, those from `jump` on mean rows `over` further on.
+
+    Scores as (queries, keys): what belongs to a row costs few registers then, and p and ds pass through shared
     memory.
     """
     rel = tl.arange(0, M)
@@ -704,6 +707,8 @@ def _dkdv_loop(
     cb = tl.arange(0, N).to(tl.float32) * slope2
     rb = _shift(slope2, rel, MODE)
     for m0 in tl.range(lo, hi, M):
+        if CHECK and (WINDOW & MODE or IDS & MODE):
+            m0 += tl.where(m0 >= jump, over, 0)
         m0 = tl.multiple_of(m0, M)
         q = _rows(Q, b, h, m0, sqm, S, DH, D, M, True, TMA)
         do = _rows(DO, b, h, m0, sdm, S, DH, D, M, True, TMA)
@@ -713,9 +718,9 @@ def _dkdv_loop(
         r = tl.load(LSE2 + m0 + rel) + rb + base
         qk = tl.dot(q, k.T, input_precision=PREC)
         pos = off + m0 + rel
-        qid = pos
-        if CHECK:
-            qid = _query_ids(QUERY_IDS, pos, off + S, MODE)
+        qid = pos * 0  # that of rows which see nothing does not matter: their LSE is inf
+        if CHECK and DOCS & MODE:
+            qid = tl.load(QUERY_IDS + tl.minimum(pos, off + S - 1))
         s = _scores(qk, pos, cols, qid, KEY_IDS, PREFIX_MASK, T, window, qk_scale, slope2, cb, CHECK, MODE)
         p = _exp(s - r[:, None], MODE)
         if DROPOUT & MODE:
@@ -726,8 +731,8 @@ def _dkdv_loop(
             else:
                 dv = tl.dot(p.to(do.dtype).T, do, dv, input_precision=PREC)
         if DK:
-            delta = tl.load(DELTA + m0 + rel)
             dp = tl.dot(do, v.T, input_precision=PREC)
+            delta = tl.load(DELTA + m0 + rel)  # after the product: before it, ptxas spills a register for it
             if DROPOUT & MODE:
                 dp = dp * kept
             ds = p * (dp - delta[:, None])
@@ -773,22 +778,20 @@ def _flash_attention_bwd_dkdv_kernel(
         if SKIP & MODE:
             STARTh = START + head * start_tiles
             hi = tl.minimum(hi, (tl.load(LAST + head * blocks + n0 // SKIP_N) + 1) * TILE_M)
+        # Both checked parts in one loop, so that the plain one, which comes last, keeps nothing for another.
+        over = hi - tl.minimum(full_lo, hi)
+        if WINDOW & MODE or IDS & MODE:
+            over -= hi - tl.minimum(full_hi, hi)
         dk, dv = _dkdv_loop(
             dk, dv, k, v, Qh, DOh, LSE2 + padded, DELTA + padded, STARTh, KEY_IDS, QUERY_IDS, PREFIX_MASK, SEED, b, h,
-            head, sqm, sdm, lo, tl.minimum(full_lo, hi), S, T, n0, off, window, dropout_p, qk_scale, slope2, WANT_DK,
+            head, sqm, sdm, lo, hi - over, full_lo, over, S, T, n0, off, window, dropout_p, qk_scale, slope2, WANT_DK,
             WANT_DV, True, MODE, DH, D, BLOCK_M, BLOCK_N, TILE_M, TMA, PREC,
         )  # fmt: skip
         dk, dv = _dkdv_loop(
             dk, dv, k, v, Qh, DOh, LSE2 + padded, DELTA + padded, STARTh, KEY_IDS, QUERY_IDS, PREFIX_MASK, SEED, b, h,
-            head, sqm, sdm, full_lo, tl.minimum(full_hi, hi), S, T, n0, off, window, dropout_p, qk_scale, slope2,
+            head, sqm, sdm, full_lo, tl.minimum(full_hi, hi), 0, 0, S, T, n0, off, window, dropout_p, qk_scale, slope2,
             WANT_DK, WANT_DV, False, MODE, DH, D, BLOCK_M, BLOCK_N, TILE_M, TMA, PREC,
         )  # fmt: skip
-        if WINDOW & MODE or IDS & MODE:
-            dk, dv = _dkdv_loop(
-                dk, dv, k, v, Qh, DOh, LSE2 + padded, DELTA + padded, STARTh, KEY_IDS, QUERY_IDS, PREFIX_MASK, SEED, b,
-                h, head, sqm, sdm, full_hi, hi, S, T, n0, off, window, dropout_p, qk_scale, slope2, WANT_DK, WANT_DV,
-                True, MODE, DH, D, BLOCK_M, BLOCK_N, TILE_M, TMA, PREC,
-            )  # fmt: skip
     if WANT_DK:
         _store_rows(DK, dk * scale, b, hk, n0, H // GROUP, T, DH, D, BLOCK_N)
     if WANT_DV:

@@ -17,8 +17,8 @@ import mpt
 from kernels import reference
 
 LARGEST = 2.0**-24  # of a row's total, what is skipped
-STEPS = 60  # of training
 ADDED = 2.0**-22  # to the error of the dense kernel: of the largest value, of the largest gradient
+STEPS = 60  # of training
 
 ADVERSARIES = (
     "norm 25",

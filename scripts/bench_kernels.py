@@ -528,7 +528,7 @@ def decode_attention(args: argparse.Namespace, keys: int, d: int, norm: float, a
     kernels.update_key_norms(norms, k, 0)
     bias = (slopes[:, None, None] * torch.arange(1 - keys, 1, device=device)).to(dtype)
 
-    def ours(key_norms: Tensor | None, **asked: bool) -> Any:
+    def ours(key_norms: Tensor | None, **asked: Any) -> Any:
         return kernels.decode_attention(q, k, v, lengths, alibi_slopes=slopes, key_norms=key_norms, **asked)
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

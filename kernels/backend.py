@@ -128,7 +128,8 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which the operations on this tensor's device keep the dtypes that they are given."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def eager(tensor: Tensor) -> bool:

@@ -134,7 +134,8 @@ def _has_autocast(kind: str) -> bool:
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which the operations on this tensor's device keep the dtypes that they are given."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if _has_autocast(kind) else nullcontext()
+    on = _has_autocast(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def eager(tensor: Tensor) -> bool:

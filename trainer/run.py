@@ -439,7 +439,7 @@ class Loop:
                 batch["labels"][valid:] = -100
                 counted += int((batch["labels"][:, 1:] != -100).sum())
                 batch = {k: v.to(self.world.device) for k, v in batch.items()}
-                out = self.model(**batch, num_items_in_batch=1, return_logits=False, return_dict=True)
+                out = self.model(**batch, num_items_in_batch=1, return_logits=False, return_dict=True, use_cache=False)
                 total += float(out.loss)
                 if any(self.world.sum(self.signals.received)):
                     return

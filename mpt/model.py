@@ -14,6 +14,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 import kernels
 from mpt import checkpoint
 from mpt.config import MptConfig
+from mpt.context import ContextSplit
 from mpt.initialize import init_weights
 from mpt.outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -22,6 +23,8 @@ ActivationCheckpointing = Literal["none", "full", "selective"]
 
 class AttentionRules:
     """What every block's attention takes besides x: ALiBi's slopes (H,), fp32, and who sees whom, each (B, S) or None.
+
+    With a context, x is this rank's part of the sequences; the masks are whole.
 
     A class of its own, neither keywords nor a dataclass: fully_shard casts the floating tensors that it finds in those,
     among a block's arguments, to its own precision, and slopes in bf16 are wrong by up to 0.4 %.
@@ -38,6 +41,7 @@ class AttentionRules:
         self.attention_mask = attention_mask
         self.sequence_id = sequence_id
         self.prefix_mask = prefix_mask
+        self.context: ContextSplit | None = None
 
 
 class MptNorm(nn.Module):
@@ -101,18 +105,17 @@ class MptAttention(nn.Module):
         if self.q_ln is not None and self.k_ln is not None:
             q, k = self.q_ln(q).to(q.dtype), self.k_ln(k).to(k.dtype)
         q, k, v = (t.unflatten(-1, (-1, self.d_head)) for t in (q, k, v))
-        dropout_p = self.dropout_p if self.training else 0.0
-        out: Any = kernels.flash_attention(
-            q,
-            k,
-            v,
-            alibi_slopes=rules.alibi_slopes,
-            softmax_scale=self.softmax_scale,
-            attention_mask=rules.attention_mask,
-            sequence_id=rules.sequence_id,
-            prefix_mask=rules.prefix_mask,
-            dropout_p=dropout_p,
-        )
+        settings: dict[str, Any] = {
+            "alibi_slopes": rules.alibi_slopes,
+            "softmax_scale": self.softmax_scale,
+            "attention_mask": rules.attention_mask,
+            "sequence_id": rules.sequence_id,
+            "dropout_p": self.dropout_p if self.training else 0.0,
+        }
+        if rules.context is None:
+            out: Any = kernels.flash_attention(q, k, v, prefix_mask=rules.prefix_mask, **settings)
+        else:
+            out = rules.context.attention(q, k, v, **settings)
         out = self.out_proj(out.flatten(2))
         return (out, attention_probabilities(q, k, rules, self.softmax_scale)) if output_attentions else out
 
@@ -264,6 +267,7 @@ class MptModel(MptPreTrainedModel):
         sequence_id: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         prefix_mask: Tensor | None = None,
+        context: ContextSplit | None = None,
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
         """Hidden states (B, S, d) of input_ids (B, S) int, or of inputs_embeds (B, S, d) in their place.
 
@@ -275,6 +279,9 @@ class MptModel(MptPreTrainedModel):
         output_attentions: also the probabilities (B, H, S, S) of each block, computed apart from the fast path.
         output_hidden_states: also what enters each block, (B, S, d). None for these and return_dict means the
             configuration's value.
+        context: share each sequence with other ranks. All arguments are whole, the outputs are this rank's part: the
+            positions that `context.take` gives. It has to be made from the attention_mask and sequence_id given here.
+            Not with prefix_mask or output_attentions.
         use_cache, past_key_values, cache_position: there is no cache in this version; asking for one is an error.
 
         ValueError names the argument that does not fit.
@@ -297,7 +304,10 @@ class MptModel(MptPreTrainedModel):
                 raise ValueError("sequence_id and token_type_ids are two names of one argument: give one of them")
             sequence_id = token_type_ids
         rules = self._rules(given, attention_mask, sequence_id, prefix_mask)
-        x = self._embed(input_ids, inputs_embeds, rules.attention_mask)
+        if context is not None:
+            _check_context(context, given, prefix_mask, output_attentions)
+            rules.context = context
+        x = self._embed(input_ids, inputs_embeds, rules)
 
         hidden: list[Tensor] = []
         attentions: list[Tensor] = []
@@ -356,7 +366,13 @@ class MptModel(MptPreTrainedModel):
             self._slopes[device] = slopes.to(device)
         return self._slopes[device]
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, rules: AttentionRules) -> Tensor:
+        context, positions = rules.context, None
+        if self.wpe is not None:
+            positions = self._positions(input_ids if inputs_embeds is None else inputs_embeds, rules.attention_mask)
+        if context is not None:
+            input_ids, inputs_embeds = (None if x is None else context.take(x) for x in (input_ids, inputs_embeds))
+            positions = None if positions is None else context.take(positions, dim=-1)
         if inputs_embeds is not None:
             x = inputs_embeds
         else:
@@ -368,13 +384,14 @@ class MptModel(MptPreTrainedModel):
                 worst, last = low if low < 0 else high, self.config.vocab_size - 1
                 raise ValueError(f"input_ids hold {worst}; ids must be in 0..{last} (vocab_size - 1)") from None
         if self.wpe is not None:
-            x = x + self.wpe(self._positions(x, attention_mask))
+            x = x + self.wpe(positions)
         if (f := self.config.embedding_fraction) != 1:
             x = f * x + (1 - f) * x.detach()
         return F.dropout(x, self.config.emb_pdrop) if self.training and self.config.emb_pdrop else x
 
-    def _positions(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(S,) or (B, S): a token's place among the real tokens of its row."""
+    def _positions(self, x: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """(S,) or (B, S): a token's place among the real tokens of its row, for ids (B, S) or embeddings (B, S, d)."""
+        assert x is not None
         length, limit = x.shape[1], self.config.max_seq_len
         positions = torch.arange(length, device=x.device)
         if attention_mask is not None:
@@ -385,6 +402,16 @@ class MptModel(MptPreTrainedModel):
                 f"a sequence has {got} positions and max_seq_len is {limit}; learned positions go no further"
             )
         return positions
+
+
+def _check_context(
+    context: ContextSplit, given: Tensor, prefix_mask: Tensor | None, output_attentions: bool | None
+) -> None:
+    if given.shape[1] != context.length:
+        raise ValueError(f"the sequences have {given.shape[1]} tokens and context was made for {context.length}")
+    for name, value in (("prefix_mask", prefix_mask is not None), ("output_attentions", output_attentions)):
+        if value:
+            raise ValueError(f"{name} does not work where ranks share sequences (context); leave it out")
 
 
 def building_device(config: MptConfig) -> torch.device:

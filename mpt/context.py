@@ -14,7 +14,6 @@ In the backward the gradients of fetched keys and values travel back, and their 
 results repeat themselves.
 """
 
-import math
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,14 +24,24 @@ from torch.autograd.function import once_differentiable
 
 import kernels
 from kernels.alibi import Rules, block_norms, first_kept
-from kernels.backend import no_autocast, wide
+from kernels.backend import autocast_dtype, no_autocast, wide
+from mpt.config import MptConfig
+
+__all__ = ["ContextGroup", "ContextSplit", "Needs", "balance", "deal", "slopes_of"]
 
 Block = tuple[int, int]  # positions first..last, last excluded
 
 _BLOCKS = (1, 2, 4, 8, 16)  # per rank; fewer mean fewer borders, over which keys travel
-_SHORTEST = 128  # tokens of a block where a rank has more than two: a tile of the attention
-_BALANCED = 1.15  # expected balance that is good enough not to cut finer
-_REACH = 24 * math.log(2) + 11  # expected slope x distance of the last key kept, at scores of +-11 / 2
+_SHORTEST = 64  # tokens of a block where a rank has more than two
+_BALANCED = 1.18  # expected balance that is good enough not to cut finer
+# Slope x distance of the last key that is kept: 24 ln 2, and what scores add at the start and far into a training.
+_REACHES = (17.0, 30.0, 60.0)
+
+
+def slopes_of(config: MptConfig) -> Tensor | None:
+    """ALiBi's slopes (H,) of a model, None without."""
+    attn = config.attn_config
+    return kernels.alibi_slopes(config.n_heads, attn.alibi_bias_max) if attn.alibi else None
 
 
 class ContextGroup:
@@ -93,6 +102,8 @@ class ContextSplit:
         Collective. The masks are over the whole sequences, (B, S). Returns (B, own, H, D). Dropout draws its seeds from
         torch's generator, which should differ between ranks.
         """
+        if (dtype := autocast_dtype(q)) is not None:
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         needs = self.needs(
             *(q, k),
             alibi_slopes=alibi_slopes,
@@ -104,16 +115,16 @@ class ContextSplit:
         parts, begin = [], 0
         for (first, last), low, keys, values in zip(self.mine, needs.lows, fetched[::2], fetched[1::2]):
             end = begin + last - first
-            masks = (None if mask is None else mask[:, low:last] for mask in (attention_mask, sequence_id))
             out: Any = kernels.flash_attention(
                 q[:, begin:end],
                 keys,
                 values,
                 alibi_slopes=alibi_slopes,
                 softmax_scale=softmax_scale,
+                attention_mask=_columns(attention_mask, low, last),
+                sequence_id=_columns(sequence_id, low, last),
                 query_offset=first - low,
                 dropout_p=dropout_p,
-                **dict(zip(("attention_mask", "sequence_id"), masks)),
             )
             parts.append(out)
             begin = end
@@ -131,40 +142,48 @@ class ContextSplit:
         sequence_id: Tensor | None = None,
     ) -> "Needs":
         """The first key that each block of queries can need, of every rank. Collective; arguments as of `attention`."""
-        (batch, _, heads, d), groups = q.shape, k.shape[2]
-        starts = torch.zeros(len(self.mine), groups * batch, dtype=torch.int64, device=q.device)
-        with no_autocast(q):
-            keys = k.permute(2, 0, 1, 3).flatten(0, 1)
-            queries = q.unflatten(2, (groups, -1)).permute(2, 0, 3, 1, 4).flatten(0, 1)
-            queries = queries * (d**-0.5 if softmax_scale is None else softmax_scale)
-            if alibi_slopes is not None:
-                place = self.take(torch.arange(self.length, device=k.device), dim=0)
-                norms = block_norms(keys, place, self.length)
-                dist.all_reduce(norms, dist.ReduceOp.MAX, group=self.context.group)
-                slopes = alibi_slopes.view(groups, 1, -1).expand(-1, batch, -1).flatten(0, 1)
-                begin, bits = 0, 53 if q.dtype == torch.float64 else 24
-                for (first, last), start in zip(self.mine, starts):
-                    end = begin + last - first
-                    masks = (None if mask is None else mask[:, first:last] for mask in (attention_mask, sequence_id))
-                    found = first_kept(
-                        queries[:, :, begin:end],
-                        keys[:, begin:end],
-                        slopes,
-                        Rules(True, None, 0, *masks, None),
-                        chunk=last - first,
-                        bits=bits,
-                        position=first,
-                        norms=norms,
-                    )
-                    start.copy_(found.amin((1, 2)))
-                    begin = end
+        groups = k.shape[2]
+        if alibi_slopes is None:
+            starts = torch.zeros(len(self.mine), groups * q.shape[0], dtype=torch.int64, device=q.device)
+        else:
+            with no_autocast(q):
+                scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+                starts = self._first_kept(q, k, alibi_slopes, scale, attention_mask, sequence_id)
         for (first, last), start in zip(self.mine, starts):
             if self._first is not None:
                 start.clamp_(min=self._first[:, first:last].amin(1).to(start).repeat(groups))
             start.clamp_(max=first)  # a block has its own keys in any case
-        everyone = starts.new_empty((self.context.size * len(self.mine), groups * batch))
+        everyone = starts.new_empty((self.context.size * len(self.mine), starts.shape[1]))
         dist.all_gather_into_tensor(everyone, starts, group=self.context.group)
-        return Needs(self, batch, everyone.view(self.context.size, len(self.mine), -1))
+        return Needs(self, q.shape[0], everyone.view(self.context.size, len(self.mine), -1))
+
+    def _first_kept(
+        self, q: Tensor, k: Tensor, slopes: Tensor, scale: float, attention_mask: Tensor | None, ids: Tensor | None
+    ) -> Tensor:
+        """(blocks of this rank, kv heads x batch) int64."""
+        batch, groups, up = q.shape[0], k.shape[2], wide(q.dtype)
+        keys = k.permute(2, 0, 1, 3).flatten(0, 1)
+        queries = q.unflatten(2, (groups, -1)).permute(2, 0, 3, 1, 4).flatten(0, 1).to(up) * scale
+        slopes = slopes.view(groups, 1, -1).expand(-1, batch, -1).flatten(0, 1)
+        norms = block_norms(keys, self.take(torch.arange(self.length, device=k.device), dim=0), self.length)
+        dist.all_reduce(norms, dist.ReduceOp.MAX, group=self.context.group)
+        starts, begin = [], 0
+        for first, last in self.mine:
+            end = begin + last - first
+            masks = _columns(attention_mask, first, last), _columns(ids, first, last)
+            found = first_kept(
+                queries[:, :, begin:end],
+                keys[:, begin:end],
+                slopes,
+                Rules(True, None, 0, *masks, None),
+                chunk=last - first,
+                bits=53 if up == torch.float64 else 24,
+                position=first,
+                norms=norms,
+            )
+            starts.append(found.amin((1, 2)))
+            begin = end
+        return torch.stack(starts).long()
 
 
 class _Place(NamedTuple):
@@ -263,6 +282,10 @@ class _Fetch(torch.autograd.Function):
         return dk.to(grads[0].dtype), dv.to(grads[0].dtype), None
 
 
+def _columns(mask: Tensor | None, first: int, last: int) -> Tensor | None:
+    return None if mask is None else mask[:, first:last]
+
+
 def _joined(places: list[_Place]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(parts) for parts in zip(*places))
 
@@ -282,21 +305,24 @@ def deal(
     length: int, size: int, alibi_slopes: Tensor | None = None, first: Tensor | None = None
 ) -> tuple[list[list[Block]], float]:
     """Blocks of a sequence for each of `size` ranks, and the expected balance: the most attention work of a rank over
-    the mean. The coarsest cut that is expected to be balanced, or else the best.
+    the mean. The coarsest cut that is expected to be balanced however far scores let heads see, or else the best.
 
     alibi_slopes (H,): how far heads see. first (B, length): the first key that each query sees (None: the very first).
     """
     if length < size:
         raise ValueError(f"a sequence of {length} tokens cannot be shared by {size} ranks; give each at least one")
-    work = torch.nn.functional.pad(_expected_work(length, alibi_slopes, first).cumsum(0), (1, 0))
+    works = [_expected_work(length, alibi_slopes, first, reach) for reach in _REACHES]
+    sums = torch.nn.functional.pad(torch.stack(works).cumsum(1), (1, 0))
     best: tuple[list[list[Block]], float] | None = None
     for count in _BLOCKS:
-        if count > 2 and length < count * size * _SHORTEST or length < count * size:
+        if length < count * size * (1 if count <= 2 else _SHORTEST):
             break
         cuts = [i * length // (count * size) for i in range(count * size + 1)]
-        found = _deal(list(zip(cuts, cuts[1:])), work[cuts].diff().tolist(), size)
-        if best is None or found[1] < best[1]:
-            best = found
+        loads = sums[:, cuts].diff()
+        parts = _deal(loads[1].tolist(), size)
+        worst = max(_balance([sum(load[i] for i in part) for part in parts]) for load in loads.tolist())
+        if best is None or worst < best[1]:
+            best = [[(cuts[i], cuts[i + 1]) for i in part] for part in parts], worst
         if best[1] <= _BALANCED:
             break
     assert best is not None
@@ -305,29 +331,32 @@ def deal(
 
 def balance(blocks: list[list[Block]], work: Tensor) -> float:
     """The most work of a rank over the mean, for blocks by rank and the work (S,) at each position."""
-    shares = [sum(float(work[first:last].sum()) for first, last in part) for part in blocks]
-    return max(shares) * len(shares) / max(sum(shares), 1e-30)
+    return _balance([sum(float(work[first:last].sum()) for first, last in part) for part in blocks])
 
 
-def _deal(blocks: list[Block], work: list[float], size: int) -> tuple[list[list[Block]], float]:
-    """The heaviest block first, each to the rank with least work among those that still lack blocks."""
-    each = len(blocks) // size
-    parts: list[list[Block]] = [[] for _ in range(size)]
+def _balance(loads: list[float]) -> float:
+    return max(loads) * len(loads) / max(sum(loads), 1e-30)
+
+
+def _deal(work: list[float], size: int) -> list[list[int]]:
+    """Blocks by rank: the heaviest first, each to the rank with least work among those that still lack blocks."""
+    each = len(work) // size
+    parts: list[list[int]] = [[] for _ in range(size)]
     loads = [0.0] * size
-    for i in sorted(range(len(blocks)), key=lambda i: (-work[i], i)):
+    for i in sorted(range(len(work)), key=lambda i: (-work[i], i)):
         rank = min((r for r in range(size) if len(parts[r]) < each), key=lambda r: (loads[r], r))
-        parts[rank].append(blocks[i])
+        parts[rank].append(i)
         loads[rank] += work[i]
-    return [sorted(part) for part in parts], max(loads) * size / max(sum(loads), 1e-30)
+    return [sorted(part) for part in parts]
 
 
-def _expected_work(length: int, alibi_slopes: Tensor | None, first: Tensor | None) -> Tensor:
-    """(length,) float64: the keys that each query is expected to read, over heads and batch."""
+def _expected_work(length: int, alibi_slopes: Tensor | None, first: Tensor | None, reach: float) -> Tensor:
+    """(length,) float64: the keys that each query reads, over heads and batch, if heads see as far as reach / slope."""
     away = torch.arange(length, dtype=torch.float64)
     if alibi_slopes is None:
         reaching = torch.ones_like(away)
     else:
-        windows = (_REACH / alibi_slopes.double().cpu()).sort().values
+        windows = (reach / alibi_slopes.double().cpu()).sort().values
         reaching = (len(windows) - torch.searchsorted(windows, away)).double()
     by_distance = torch.nn.functional.pad(reaching.cumsum(0), (1, 0))  # keys read by a query with so many before it
     place = torch.arange(1, length + 1)
@@ -338,9 +367,12 @@ def _expected_work(length: int, alibi_slopes: Tensor | None, first: Tensor | Non
 
 def _first_visible(attention_mask: Tensor | None, sequence_id: Tensor | None) -> Tensor | None:
     """(B, S): the first key that each query sees, S where there is none; None without masks."""
-    if attention_mask is None and sequence_id is None:
+    if sequence_id is not None:
+        given = sequence_id
+    elif attention_mask is not None:
+        given = torch.zeros_like(attention_mask, dtype=torch.int64)
+    else:
         return None
-    given = sequence_id if sequence_id is not None else torch.zeros_like(attention_mask, dtype=torch.int64)
     visible = given >= 0 if attention_mask is None else (given >= 0) & attention_mask.bool()
     values, index = given.unique(return_inverse=True)
     length = given.shape[1]

@@ -17,14 +17,14 @@ from trainer.plan import memory, plan
 RECIPE = """
 run_name: toy
 max_seq_len: 50
-max_duration: 8ba
+max_duration: 6ba
 global_train_batch_size: 4
 device_train_microbatch_size: 2
 device_eval_batch_size: 2
 precision: fp32
 device: cpu
 log_interval: 1
-eval_interval: 4ba
+eval_interval: 2ba
 save_interval: 100ba
 export: false
 model:
@@ -78,21 +78,19 @@ def assert_same_curve(found: list[dict[str, float]], expected: list[dict[str, fl
 def test_two_ranks_that_share_sequences_follow_the_curve_of_one(
     recipe: Path, alone: list[dict[str, float]], tmp_path: Path
 ) -> None:
-    """And after a stop they go on without sharing."""
-    shared, stopped = tmp_path / "shared", tmp_path / "stopped"
-    of = {"recipe": str(recipe)}
-    cut = {"signal": int(signal.SIGTERM), "after": 3}
-    two = "context_parallel_size=2"
+    """Stopped twice: in between they go on without sharing."""
+    folder, two = tmp_path / "run", ["context_parallel_size=2", "activation_checkpointing=selective"]
+    term = {"recipe": str(recipe), "signal": int(signal.SIGTERM)}
     runs = [
-        {**of, "overrides": [f"save_folder={shared}", two, "activation_checkpointing=selective"]},
-        {**of, "overrides": [f"save_folder={stopped}", two], **cut},
-        {**of, "overrides": [f"save_folder={stopped}"]},
+        {**term, "overrides": [f"save_folder={folder}", *two], "after": 3},
+        {**term, "overrides": [f"save_folder={folder}"], "after": 4},
+        {"recipe": str(recipe), "overrides": [f"save_folder={folder}", *two]},
     ]
-    assert launch(2, runs, tmp_path / "workers") == [[0, 143, 0]] * 2
-    assert_same_curve(history(shared), alone)
-    assert_same_curve(history(stopped), alone)
-    assert "resuming after step 3 of 8" in (tmp_path / "workers" / "log-0.txt").read_text()
-    for row in history(shared):
+    assert launch(2, runs, tmp_path / "workers") == [[143, 143, 0]] * 2
+    assert_same_curve(history(folder), alone)
+    log = (tmp_path / "workers" / "log-0.txt").read_text()
+    assert "resuming after step 3 of 6" in log and "resuming after step 4 of 6" in log
+    for row in history(folder):
         if "loss" in row:
             assert row["tokens_per_s_device"] == pytest.approx(row["tokens_per_s"] / 2)
 

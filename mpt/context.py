@@ -66,17 +66,21 @@ class ContextGroup:
         """
         first = _first_visible(attention_mask, sequence_id)
         blocks, _ = deal(length, self.size, alibi_slopes, first)
-        return ContextSplit(self, length, blocks, first)
+        return ContextSplit(self, length, blocks, first, documents=sequence_id is not None)
 
 
 class ContextSplit:
-    """This rank's part of a batch of sequences of `length` tokens. `blocks[r]`: those of rank r, in order.
+    """This rank's part of a batch of sequences of `length` tokens. `blocks[r]`: those of rank r, in order. `documents`:
+    whether it relies on tokens seeing their own sequence_id only.
 
     A class of its own and no dataclass: see mpt.model.AttentionRules.
     """
 
-    def __init__(self, context: ContextGroup, length: int, blocks: list[list[Block]], first: Tensor | None) -> None:
+    def __init__(
+        self, context: ContextGroup, length: int, blocks: list[list[Block]], first: Tensor | None, *, documents: bool
+    ) -> None:
         self.context, self.length, self.blocks, self._first = context, length, blocks, first
+        self.documents = documents
         self.mine = blocks[context.rank]
 
     def take(self, x: Tensor, dim: int = 1, rank: int | None = None) -> Tensor:

@@ -305,7 +305,7 @@ class MptModel(MptPreTrainedModel):
             sequence_id = token_type_ids
         rules = self._rules(given, attention_mask, sequence_id, prefix_mask)
         if context is not None:
-            _check_context(context, given, prefix_mask, output_attentions)
+            _check_context(context, given, rules, output_attentions)
             rules.context = context
         x = self._embed(input_ids, inputs_embeds, rules)
 
@@ -404,12 +404,12 @@ class MptModel(MptPreTrainedModel):
         return positions
 
 
-def _check_context(
-    context: ContextSplit, given: Tensor, prefix_mask: Tensor | None, output_attentions: bool | None
-) -> None:
+def _check_context(context: ContextSplit, given: Tensor, rules: AttentionRules, output_attentions: bool | None) -> None:
     if given.shape[1] != context.length:
         raise ValueError(f"the sequences have {given.shape[1]} tokens and context was made for {context.length}")
-    for name, value in (("prefix_mask", prefix_mask is not None), ("output_attentions", output_attentions)):
+    if context.documents and rules.sequence_id is None:
+        raise ValueError("context was made from sequence_id, which this model's attention does not use: leave it out")
+    for name, value in (("prefix_mask", rules.prefix_mask is not None), ("output_attentions", output_attentions)):
         if value:
             raise ValueError(f"{name} does not work where ranks share sequences (context); leave it out")
 

@@ -151,6 +151,13 @@ def ranks_refuse(folder: Path) -> None:
     split = of_masks(model, ContextGroup(dist.group.WORLD), batch)
     with pytest.raises(ValueError, match="41 tokens and context was made for 40"):
         model(**batch_of(41), context=split)
+    ids = {"sequence_id": documents(40, [[20, 20], [40]])}
+    packed = of_masks(model, split.context, batch | ids)
+    with (
+        pytest.warns(UserWarning, match="no effect"),
+        pytest.raises(ValueError, match="context was made from sequence"),
+    ):
+        model(**batch, **ids, context=packed)
     with pytest.raises(ValueError, match="output_attentions does not work where ranks share"):
         model(**batch, context=split, output_attentions=True)
     with pytest.raises(ValueError, match="prefix_mask does not work"):

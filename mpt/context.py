@@ -99,13 +99,16 @@ class ContextSplit:
         softmax_scale: float | None = None,
         attention_mask: Tensor | None = None,
         sequence_id: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
         dropout_p: float = 0.0,
     ) -> Tensor:
         """kernels.flash_attention, causal, for this rank's q (B, own, H, D) against every rank's k, v (B, own, G, D).
 
         Collective. The masks are over the whole sequences, (B, S). Returns (B, own, H, D). Dropout draws its seeds from
-        torch's generator, which should differ between ranks.
+        torch's generator, which should differ between ranks. prefix_mask is refused: its keys lie on both sides.
         """
+        if prefix_mask is not None:
+            raise ValueError("prefix_mask does not work where ranks share sequences (context); leave it out")
         if (dtype := autocast_dtype(q)) is not None:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         needs = self.needs(

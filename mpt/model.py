@@ -105,17 +105,19 @@ class MptAttention(nn.Module):
         if self.q_ln is not None and self.k_ln is not None:
             q, k = self.q_ln(q).to(q.dtype), self.k_ln(k).to(k.dtype)
         q, k, v = (t.unflatten(-1, (-1, self.d_head)) for t in (q, k, v))
-        settings: dict[str, Any] = {
-            "alibi_slopes": rules.alibi_slopes,
-            "softmax_scale": self.softmax_scale,
-            "attention_mask": rules.attention_mask,
-            "sequence_id": rules.sequence_id,
-            "dropout_p": self.dropout_p if self.training else 0.0,
-        }
-        if rules.context is None:
-            out: Any = kernels.flash_attention(q, k, v, prefix_mask=rules.prefix_mask, **settings)
-        else:
-            out = rules.context.attention(q, k, v, **settings)
+        dropout_p = self.dropout_p if self.training else 0.0
+        attend: Any = kernels.flash_attention if rules.context is None else rules.context.attention
+        out = attend(
+            q,
+            k,
+            v,
+            alibi_slopes=rules.alibi_slopes,
+            softmax_scale=self.softmax_scale,
+            attention_mask=rules.attention_mask,
+            sequence_id=rules.sequence_id,
+            prefix_mask=rules.prefix_mask,
+            dropout_p=dropout_p,
+        )
         out = self.out_proj(out.flatten(2))
         return (out, attention_probabilities(q, k, rules, self.softmax_scale)) if output_attentions else out
 
@@ -409,9 +411,8 @@ def _check_context(context: ContextSplit, given: Tensor, rules: AttentionRules, 
         raise ValueError(f"the sequences have {given.shape[1]} tokens and context was made for {context.length}")
     if context.documents and rules.sequence_id is None:
         raise ValueError("context was made from sequence_id, which this model's attention does not use: leave it out")
-    for name, value in (("prefix_mask", rules.prefix_mask is not None), ("output_attentions", output_attentions)):
-        if value:
-            raise ValueError(f"{name} does not work where ranks share sequences (context); leave it out")
+    if output_attentions:
+        raise ValueError("output_attentions does not work where ranks share sequences (context); leave it out")
 
 
 def building_device(config: MptConfig) -> torch.device:

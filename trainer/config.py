@@ -26,7 +26,7 @@ from trainer.errors import InputError
 from trainer.loggers import LoggersConfig
 from trainer.metrics import ProfileConfig
 from trainer.optim import OptimizerConfig, SchedulerConfig
-from trainer.parallel import FsdpConfig
+from trainer.parallel import FsdpConfig, check_sizes
 from trainer.plan import choose_micro_batch, divisors
 
 RECIPES = Path(__file__).resolve().parent.parent / "yaml"
@@ -63,6 +63,7 @@ class TrainConfig:
     precision: of the computation; weights, gradients' sums and optimizer state are fp32 in both.
     global_train_batch_size: sequences per optimizer step, over all ranks and micro-batches.
     device_train_microbatch_size: sequences of one forward on one rank; auto: estimated from the device's memory.
+    context_parallel_size: ranks that share each sequence, every one with a part of its tokens.
     device_eval_batch_size: null: as the micro-batch. eval_subset_num_batches: -1: the whole validation split.
     save_num_checkpoints_to_keep: -1: all. on_save_error: whether a failed save (disk full) ends the run.
     log_interval: optimizer steps. on_nonfinite: "stop", or "skip:N" to leave out up to N bad batches.
@@ -81,6 +82,7 @@ class TrainConfig:
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
     global_train_batch_size: int
     device_train_microbatch_size: int | Literal["auto"] = "auto"
+    context_parallel_size: int = 1
     device_eval_batch_size: int | None = None
     eval_interval: int | str = "1000ba"
     eval_subset_num_batches: int = -1
@@ -237,6 +239,7 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
     """
     model_config = build_model_config(config)
     _check_mesh(config, world_size)
+    _check_context(config, model_config)
     _check_kernels(config)
     per_rank = _rows_per_rank(config, world_size)
     micro_batch = _micro_batch(config, model_config, world_size, per_rank)
@@ -350,13 +353,23 @@ def _skip_limit(on_nonfinite: str) -> int:
 
 
 def _check_mesh(config: TrainConfig, world_size: int) -> None:
-    replicate = config.fsdp_config.replicate
-    if replicate < 1 or world_size % replicate:
-        raise InputError(
-            f"fsdp_config.replicate={replicate} does not divide the {world_size} processes; choose a divisor of it"
-        )
+    check_sizes(world_size, config.fsdp_config, config.context_parallel_size)
     if config.fsdp_config.cpu_offload and not _on_cuda(config):
         raise InputError("fsdp_config.cpu_offload=true needs a GPU to offload from; set it to false")
+
+
+def _check_context(config: TrainConfig, model_config: MptConfig) -> None:
+    size = config.context_parallel_size
+    if size > config.max_seq_len:
+        raise InputError(
+            f"context_parallel_size={size} processes cannot share the {config.max_seq_len} tokens of a sequence "
+            "(max_seq_len); lower it"
+        )
+    if size > 1 and model_config.attn_config.prefix_lm:
+        raise InputError(
+            f"context_parallel_size={size} with model.attn_config.prefix_lm=true: a prefix is seen from both sides, "
+            "which processes that share a sequence do not support; set one of them back"
+        )
 
 
 def _check_kernels(config: TrainConfig) -> None:
@@ -369,14 +382,17 @@ def _check_kernels(config: TrainConfig) -> None:
 
 
 def _rows_per_rank(config: TrainConfig, world_size: int) -> int:
-    batch = config.global_train_batch_size
-    if batch % world_size:
-        near = max(batch // world_size, 1) * world_size
+    """Sequences of a global batch that a rank reads, alone or with those that share them."""
+    batch, context = config.global_train_batch_size, config.context_parallel_size
+    readers = world_size // context
+    if batch % readers:
+        near = max(batch // readers, 1) * readers
+        by = f"{readers} groups of {context} processes" if context > 1 else f"{readers} processes"
         raise InputError(
-            f"global_train_batch_size={batch} is not divisible by the {world_size} processes; use {near} or "
-            f"{near + world_size}, or another number of processes"
+            f"global_train_batch_size={batch} is not divisible by the {by}; use {near} or "
+            f"{near + readers}, or another number of processes"
         )
-    return batch // world_size
+    return batch // readers
 
 
 def _micro_batch(config: TrainConfig, model_config: MptConfig, world_size: int, per_rank: int) -> int:
@@ -388,7 +404,8 @@ def _micro_batch(config: TrainConfig, model_config: MptConfig, world_size: int, 
         near = ", ".join(str(n) for n in sorted(sorted(divisors(per_rank), key=lambda n: abs(n - size))[:3]))
         raise InputError(
             f"device_train_microbatch_size={size} does not divide the {per_rank} sequences of each rank "
-            f"(global_train_batch_size={config.global_train_batch_size} over {world_size}); use {near} or auto"
+            f"(global_train_batch_size={config.global_train_batch_size} over "
+            f"{world_size // config.context_parallel_size}); use {near} or auto"
         )
     return size
 

@@ -18,6 +18,7 @@ import torch
 
 import kernels.backend
 from mpt import MptConfig, MptForCausalLM
+from mpt.context import slopes_of
 from mpt.initialize import init_weights
 from mpt.manifest import list_steps
 from trainer.checkpoint import Checkpointer, export_hf, load_weights
@@ -96,7 +97,7 @@ def run(config: TrainConfig) -> int:
     Raises InputError for anything that the user has to change.
     """
     resolved = validate(config, world_size())
-    with join_world(config.device, config.fsdp_config, config.dist_timeout) as world:
+    with join_world(config.device, config.fsdp_config, config.dist_timeout, config.context_parallel_size) as world:
         with _own_folder(resolved.run_folder, world), _out_of_memory_advice(config, resolved):
             return _run(config, resolved, world)
 
@@ -239,7 +240,9 @@ def _out_of_memory_advice(config: TrainConfig, resolved: Resolved) -> Iterator[N
             advice.append("activation_checkpointing=full")
         if config.precision != "amp_bf16":
             advice.append("precision=amp_bf16")
-        advice += ["more processes (each holds a smaller shard)", f"max_seq_len below {config.max_seq_len}"]
+        advice.append("more processes (each holds a smaller shard)")
+        advice.append(f"context_parallel_size above {config.context_parallel_size} (each holds a part of a sequence)")
+        advice.append(f"max_seq_len below {config.max_seq_len}")
         raise InputError(
             f"out of memory with device_train_microbatch_size={resolved.micro_batch}, "
             f"max_seq_len={config.max_seq_len}, precision={config.precision}, "
@@ -269,6 +272,7 @@ class Loop:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.flops_per_token = flops_per_token(self.resolved.model_config, self.config.max_seq_len)
         compute_dtype = torch.bfloat16 if self.config.precision == "amp_bf16" else torch.float32
+        self.slopes = slopes_of(self.resolved.model_config)
         self.peak_flops = peak_flops(self.world.device, compute_dtype)
         self.last_eval: dict[str, float] = {}
         self.unigram_entropy: float | None = None
@@ -290,7 +294,7 @@ class Loop:
             while state.step < resolved.steps:
                 with self.timer("data"):
                     micro_batches = [self._batch(ids) for ids in batches.get(state.step)]
-                    counted = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro_batches)
+                    counted = sum(self._counted(batch) for batch in micro_batches)
                 counted_everywhere, stop, save_failed = self.world.sum(
                     counted, self.signals.received, self.checkpointer.failed
                 )
@@ -318,11 +322,32 @@ class Loop:
         return 0
 
     def _micro_batches(self) -> list[range]:
-        """This rank's rows of every global batch, a range per micro-batch."""
-        per_rank = self.config.global_train_batch_size // self.world.size
-        first = self.world.rank * per_rank
+        """This rank's rows of every global batch, a range per micro-batch. Ranks that share sequences have the same."""
+        per_rank = self.config.global_train_batch_size // self.world.data_size
+        first = self.world.data_rank * per_rank
         size = self.resolved.micro_batch
         return [range(first + i, first + min(i + size, per_rank)) for i in range(0, per_rank, size)]
+
+    def _counted(self, batch: dict[str, torch.Tensor]) -> int:
+        """Labels that count, 0 where another of the ranks that share the sequences counts them."""
+        return int((batch["labels"][:, 1:] != -100).sum()) if self.world.counts else 0
+
+    def _forward(self, batch: dict[str, torch.Tensor], num_items_in_batch: float) -> torch.Tensor:
+        """The sum of losses over num_items_in_batch, of a batch on the CPU or of this rank's part of its sequences."""
+        context = None
+        if self.world.context is not None:
+            masks = {name: batch.get(name) for name in ("attention_mask", "sequence_id")}
+            context = self.world.context.split(batch["labels"].shape[1], alibi_slopes=self.slopes, **masks)
+        batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
+        out = self.model(
+            **batch,
+            num_items_in_batch=num_items_in_batch,
+            return_logits=False,
+            return_dict=True,
+            use_cache=False,
+            context=context,
+        )
+        return out.loss
 
     def _batch(self, ids: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
         """Keyword arguments of the model's forward for token ids (B, S), on the CPU."""
@@ -345,8 +370,7 @@ class Loop:
             last = i == len(micro_batches) - 1
             synchronise_gradients(self.model, last or self.config.fsdp_config.reduce_every_microbatch)
             with self.timer("forward"):
-                batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
-                loss = self.model(**batch, num_items_in_batch=counted, return_logits=False, return_dict=True).loss
+                loss = self._forward(batch, counted)
             with self.timer("backward"):
                 # FSDP averages gradients over ranks, and the loss is already divided by the global count.
                 (loss * self.world.size).backward()
@@ -433,14 +457,13 @@ class Loop:
         batch_size, subset = self.resolved.eval_batch_size, self.config.eval_subset_num_batches
         sequences = None if subset < 0 else subset * batch_size
         with torch.no_grad():
-            for ids, valid in self.eval_data.eval_batches(self.world.rank, self.world.size, batch_size, sequences):
+            part, parts = self.world.data_rank, self.world.data_size
+            for ids, valid in self.eval_data.eval_batches(part, parts, batch_size, sequences):
                 batch = self._batch(ids)
                 batch["labels"] = batch["labels"].clone()
                 batch["labels"][valid:] = -100
-                counted += int((batch["labels"][:, 1:] != -100).sum())
-                batch = {k: v.to(self.world.device) for k, v in batch.items()}
-                out = self.model(**batch, num_items_in_batch=1, return_logits=False, return_dict=True, use_cache=False)
-                total += float(out.loss)
+                counted += self._counted(batch)
+                total += float(self._forward(batch, 1))
                 if any(self.world.sum(self.signals.received)):
                     return
         loss_sum, tokens = self.world.sum(total, counted)

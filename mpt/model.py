@@ -682,8 +682,8 @@ class MptModel(MptPreTrainedModel):
         return F.dropout(x, self.config.emb_pdrop) if self.training and self.config.emb_pdrop else x
 
     def _positions(self, x: Tensor | None, rules: AttentionRules, past: int) -> Tensor:
-        """(S,) or (B, S): a token's place among the real tokens of its row, for ids (B, S) or embeddings (B, S, d). Ids of
-        -1 are padding here, too.
+        """(S,) or (B, S): a token's place among the real tokens of its row, for ids (B, S) or embeddings (B, S, d).
+        Ids of -1 are padding here, too.
         """
         assert x is not None
         length, limit, real = past + x.shape[1], self.config.max_seq_len, rules.attention_mask

@@ -271,8 +271,11 @@ def _examples(t: _Translation, place: Place, dataset: dict[str, Any]) -> dict[st
     t.only(place, dataset, "streams", [None])
     kept = {"shuffle": False, "too_long": "cut"} | {key: dataset[key] for key in _EXAMPLES_OURS if key in dataset}
     kept["packing"] = dataset.get("packing_ratio") not in (None, 1, 1.0)
-    if "/" not in (hf_name := str(kept.get("hf_name"))) or hf_name.startswith((".", "/")) or os.path.exists(hf_name):
-        kept["local"] = kept.pop("hf_name", None) or dataset.get("local")
+    hf_name = kept.pop("hf_name", None)
+    if hf_name is not None and not str(hf_name).startswith((".", "/")) and not os.path.exists(str(hf_name)):
+        kept["hf_name"] = hf_name
+    else:
+        kept["local"] = hf_name or dataset.get("local")
         t.moved((*place, "hf_name"), (*place, "local"))
     t.ignore(place, [key for key in dataset if key not in (*_EXAMPLES_OURS, "local", "remote", "packing_ratio")])
     return kept

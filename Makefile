@@ -29,6 +29,7 @@ demo-finetune: demo
 	$(BIN)/python scripts/check_run.py runs/mpt-tiny-instruct
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 train.py yaml/mpt-tiny-chat.yaml
 	$(BIN)/python scripts/check_run.py runs/mpt-tiny-chat
+	$(BIN)/python scripts/generate.py runs/mpt-tiny-instruct/export --instruct --max-new-tokens 40 --prompt 'What does the function close do?'
 
 test: $(READY)
 	$(PYTEST) -m "not slow" --durations=15

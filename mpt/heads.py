@@ -121,8 +121,7 @@ class MptForCausalLM(MptPreTrainedModel):
         shape = (hidden.shape[0], hidden.shape[1] if context is None else context.length)
         if labels.shape != shape:
             raise ValueError(f"labels are {tuple(labels.shape)}; they must be (B, S) = {shape}")
-        # Shift the labels, which are small, instead of the hidden states: those stay one contiguous block.
-        shifted = torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), -100)), dim=1)
+        shifted = shift_labels(labels)
         if context is not None:
             num_items = (shifted != -100).sum().clamp(min=1) if num_items is None else num_items
             shifted = context.take(shifted)
@@ -140,6 +139,13 @@ class MptForCausalLM(MptPreTrainedModel):
             hidden = hidden[:, -keep:]
         logits = linear(hidden, self._head_weight())
         return logits if self.config.logit_scale is None else logits * self.config.logit_factor
+
+
+def shift_labels(labels: Tensor) -> Tensor:
+    """What each position is trained on, (B, S): the next label, -100 at the end. Labels are small; hidden states, not
+    shifted, stay one contiguous block.
+    """
+    return torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), -100)), dim=1)
 
 
 def _drop_redundant_head(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -34,6 +34,7 @@ class Plan:
     tokens: int
     tokens_per_step: int
     flops_per_token: float
+    batch: int
     world_size: int
     replicate: int
     context: int
@@ -51,16 +52,17 @@ class Plan:
         return sum(self.memory.values())
 
     def __str__(self) -> str:
-        batch = self.tokens_per_step // self.seq_len
         groups = f"{self.replicate} x " if self.replicate > 1 else ""
         shared = f" x {self.context}" if self.context > 1 else ""
         processes = f"{groups}{self.world_size // self.replicate // self.context}{shared} processes"
+        whole = self.tokens_per_step == self.batch * self.seq_len
+        length = f"{self.seq_len:,}" if whole else f"up to {self.seq_len:,}, on average"
         per_parameter, flops = self.tokens / self.parameters, self.flops_per_token
         rows = [
             ("run", f"{self.name} -> {self.run_folder}"),
             ("parameters", f"{self.parameters:,}"),
             ("length", f"{self.steps:,} steps, {self.tokens:,} tokens ({per_parameter:.3g} per parameter)"),
-            ("step", f"{batch:,} sequences of {self.seq_len:,} = {self.tokens_per_step:,} tokens"),
+            ("step", f"{self.batch:,} sequences of {length} = {self.tokens_per_step:,} tokens"),
             ("", f"{processes} x micro-batch {self.micro_batch} x {self.accumulation} accumulated"),
             *self._context_row(),
             ("compute", f"{_si(flops)}FLOPs per token, {flops * self.tokens:.3g} FLOPs in all"),
@@ -95,6 +97,7 @@ def plan(config: "TrainConfig", resolved: "Resolved", world_size: int) -> Plan:
         tokens=resolved.steps * resolved.tokens_per_step,
         tokens_per_step=resolved.tokens_per_step,
         flops_per_token=flops_per_token(resolved.model_config, config.max_seq_len),
+        batch=config.global_train_batch_size,
         world_size=world_size,
         replicate=config.fsdp_config.replicate,
         context=context,

@@ -17,7 +17,7 @@ GIB = 2**30
 CPU_TOKENS = 4096  # of a micro-batch: more brings no speed on a CPU, only memory
 DEVICE_SHARE = 0.92  # of a GPU's memory that the estimate may fill; the rest is CUDA's context and fragmentation
 FP32 = 4
-LOSS_CHUNK = {"cpu": 2**25, "cuda": 2**28}  # logits at once, as kernels.linear_cross_entropy chooses them
+LOSS_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # logits at once, as kernels.linear_cross_entropy chooses them
 
 
 @dataclass(frozen=True)

@@ -170,16 +170,21 @@ def test_it_resumes_bit_for_bit_and_ranks_agree(folder, tmp_path):
     assert weights[0] == weights[1]
 
     without_dropout = ["model.resid_pdrop=0", "eval_loader.dataset.packing=true", *two]
-    assert launch(2, [{"recipe": recipe, "overrides": without_dropout}], tmp_path / "two-ranks") == [[0], [0]]
+    sharing = [*without_dropout, "context_parallel_size=2", f"save_folder={tmp_path / 'sharing'}"]
+    recipes = [{"recipe": recipe, "overrides": overrides} for overrides in (without_dropout, sharing)]
+    assert launch(2, recipes, tmp_path / "two-ranks") == [[0, 0], [0, 0]]
     assert run(load_config(recipe, [*without_dropout, f"save_folder={tmp_path / 'one'}"])) == 0
-    (ours, their_evaluations), (theirs, evaluations) = rows(tmp_path / "two"), rows(tmp_path / "one")
-    assert np.allclose(ours, theirs, rtol=1e-5, atol=0)
+    ours, evaluations = rows(tmp_path / "one")
     base = judged(MptForCausalLM.from_pretrained(folder / "base"), folder)
     assert np.allclose((evaluations[0]["eval_loss"], evaluations[0]["eval_token_accuracy"]), base, rtol=1e-5)
-    for step, row in evaluations.items():
-        assert math.isclose(row["eval_loss"], their_evaluations[step]["eval_loss"], rel_tol=1e-5)
-        assert row["eval_token_accuracy"] == their_evaluations[step]["eval_token_accuracy"]
-    assert (tmp_path / "one" / "samples.md").read_text() == (tmp_path / "two" / "samples.md").read_text()
+    for name in ("two", "sharing"):
+        theirs, their_evaluations = rows(tmp_path / name)
+        assert np.allclose(ours, theirs, rtol=1e-5, atol=0)
+        for step, row in evaluations.items():
+            assert math.isclose(row["eval_loss"], their_evaluations[step]["eval_loss"], rel_tol=1e-5)
+            assert row["eval_token_accuracy"] == their_evaluations[step]["eval_token_accuracy"]
+            assert row["tokens"] == their_evaluations[step]["tokens"]
+        assert (tmp_path / "one" / "samples.md").read_text() == (tmp_path / name / "samples.md").read_text()
 
 
 def test_accuracy_counts_in_chunks(folder, monkeypatch):

@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: demo test test-slow test-gpu lint bench setup clean
+.PHONY: demo demo-finetune test test-slow test-gpu lint bench setup clean
 
 setup: $(READY)
 
@@ -21,6 +21,15 @@ demo: $(READY)
 	$(BIN)/python scripts/demo_corpus.py --out data/demo
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 train.py yaml/mpt-tiny.yaml
 	$(BIN)/python scripts/check_run.py runs/mpt-tiny
+
+# Fine-tunes what the first demo leaves: answers to questions, then conversations.
+demo-finetune: demo
+	$(BIN)/python scripts/demo_instructions.py --corpus data/demo --out data/demo-instructions
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 train.py yaml/mpt-tiny-instruct.yaml
+	$(BIN)/python scripts/check_run.py runs/mpt-tiny-instruct
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 train.py yaml/mpt-tiny-chat.yaml
+	$(BIN)/python scripts/check_run.py runs/mpt-tiny-chat
+	$(BIN)/python scripts/generate.py runs/mpt-tiny-instruct/export --instruct --max-new-tokens 40 --prompt 'What does the function close do?'
 
 test: $(READY)
 	$(PYTEST) -m "not slow" --durations=15
@@ -47,4 +56,4 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_overhead.py
 
 clean:
-	rm -rf .venv runs data/demo
+	rm -rf .venv runs data/demo data/demo-instructions

@@ -114,8 +114,8 @@ def check(config: "TrainConfig", world_size: int, *, deep: bool) -> None:
     Raises InputError for what the run would stumble over.
     """
     from trainer.checkpoint import is_own, verify
-    from trainer.config import open_run_data, validate
-    from trainer.data import scan
+    from trainer.config import validate
+    from trainer.data import TokenBatches, scan
     from trainer.errors import InputError
     from trainer.plan import plan
 
@@ -126,13 +126,13 @@ def check(config: "TrainConfig", world_size: int, *, deep: bool) -> None:
             print(plan(config, validate(config, world_size, open_data=False), world_size), flush=True)
         raise
     print(plan(config, resolved, world_size))
-    for name, training in (("train_loader", True), ("eval_loader", False)):
-        if not training and config.eval_loader is None:
+    for name, data in (("train_loader", resolved.train_data), ("eval_loader", resolved.eval_data)):
+        if data is None:
             continue
-        data = open_run_data(config, resolved.model_config, resolved.tokenizer_sha256, training=training)
         for line in data.description().splitlines():
             print(f"{name:<14}{line}")
-        for shards in (source.shards for source in data.sources if deep):
+        sources = data.sources if deep and isinstance(data, TokenBatches) else []
+        for shards in (source.shards for source in sources):
             scan(shards.manifest.folder, shards.split, resolved.model_config.vocab_size)
             print(f"{'':<14}{shards.manifest.folder} {shards.split}: every hash and id is right")
     if config.load_path is not None:

@@ -56,12 +56,25 @@ class Rules(NamedTuple):
         return not (self.attention_mask is None and self.sequence_id is None and self.prefix_mask is None)
 
 
-def first_kept(q: Tensor, k: Tensor, slopes: Tensor, rules: Rules, *, chunk: int, bits: int) -> Tensor:
+def first_kept(
+    q: Tensor,
+    k: Tensor,
+    slopes: Tensor,
+    rules: Rules,
+    *,
+    chunk: int,
+    bits: int,
+    position: int | None = None,
+    norms: Tensor | None = None,
+) -> Tensor:
     """The first key that each chunk of queries has to read; those before it weigh at most 2^-bits of any row's total,
     for any input.
 
     q (N, R, S, D), times the softmax scale, k (N, T, D), slopes (N, R), N = kv heads x batch with the batch last.
     Returns int32 (N, R, ceil(S / chunk)): multiples of GRAIN, not beyond the position of the chunk's first query.
+
+    Where k and `rules` hold a part of the keys only, `position` is that of the first query among all of them, and
+    `norms` are `block_norms` of all of them; the result counts from the first of all.
 
     Method: a row's total is at least exp(L), its sum over the visible keys near its diagonal. With K_b the largest norm
     of the keys before b, those weigh at most exp(|q_i| K_b - m (i - b + 1)) * min(b, 1 / (1 - exp(-m))). In base 2,
@@ -74,13 +87,14 @@ def first_kept(q: Tensor, k: Tensor, slopes: Tensor, rules: Rules, *, chunk: int
     size = _norms(q) * _LOG2E
     low = _near_lse(q, k, slope, rules) * _LOG2E
     low = low.masked_fill(~low.isfinite(), -math.inf)
-    k_max = F.pad(_norms(k), (0, -k.shape[1] % GRAIN)).view(n, -1, GRAIN).amax(-1).cummax(-1).values
-    k_max = F.pad(k_max, (1, 0))  # k_max[:, c]: over the keys before c * GRAIN
+    position = rules.query_offset if position is None else position
+    norms = block_norms(k, torch.arange(k.shape[1], device=k.device), k.shape[1]) if norms is None else norms
+    k_max = F.pad(norms.cummax(-1).values, (1, 0))  # k_max[:, c]: over the keys before c * GRAIN
     blocks = k_max.shape[1] - 1
 
     row = torch.arange(s, device=q.device)
-    start = row[::chunk] + rules.query_offset
-    own = k_max[:, ((row + rules.query_offset) // GRAIN + 1).clamp(max=blocks)][:, None]
+    start = row[::chunk] + position
+    own = k_max[:, ((row + position) // GRAIN + 1).clamp(max=blocks)][:, None]
     # Distances relative to the chunk's first query.
     rest = rho * size * own - _FAR * _LOG2E * slope * (row % chunk + 1) - low
     rest = F.pad(rest, (0, -s % chunk), value=-_BIG).view(n, r, chunks, chunk)
@@ -97,6 +111,14 @@ def first_kept(q: Tensor, k: Tensor, slopes: Tensor, rules: Rules, *, chunk: int
         good = (worst <= -(bits + 1 / 16)) | (cut == 0)
         passes, fails = torch.where(good, cut, passes), torch.where(good, fails, cut)
     return (passes * GRAIN).int()
+
+
+def block_norms(k: Tensor, positions: Tensor, length: int) -> Tensor:
+    """The largest norm in each block of GRAIN keys, fp32 (N, ceil(length / GRAIN)), for keys k (N, T, D) at `positions`
+    (T,) of `length`; 0 for a block without any.
+    """
+    norms = k.new_zeros((k.shape[0], -(-length // GRAIN)), dtype=torch.float32)
+    return norms.scatter_reduce_(1, (positions // GRAIN).expand(k.shape[:2]), _norms(k.float()), "amax")
 
 
 def _near_lse(q: Tensor, k: Tensor, slope: Tensor, rules: Rules) -> Tensor:

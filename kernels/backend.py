@@ -120,15 +120,22 @@ def check_dtypes(op: str, **tensors: Tensor | None) -> None:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast asks for on this tensor's device; None outside autocast, and for float64, which it leaves alone."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    if tensor.dtype == torch.float64 or not _has_autocast(kind):
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(kind: str) -> bool:
+    """Whether a kind of device has autocast; torch 2.10 cannot compile the question itself."""
+    return torch.amp.is_autocast_available(kind)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which the operations on this tensor's device keep the dtypes that they are given."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    on = _has_autocast(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def eager(tensor: Tensor) -> bool:

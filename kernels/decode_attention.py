@@ -519,7 +519,8 @@ def _products(k: Tensor, q: Tensor) -> Tensor:
     """q k^T (n, rows, keys), contiguous. On a CPU a product with few columns is faster than one with few rows, and sums
     each element in parts, where the other adds term by term from 4 rows on.
     """
-    return torch.cat([torch.bmm(k, few.mT) for few in q.split(_FEW, 1)], 2).mT.contiguous()
+    parts = [torch.bmm(k, few.mT) for few in q.split(_FEW, 1)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).mT.contiguous()
 
 
 def _parts(k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:

@@ -436,6 +436,7 @@ _NEEDS |= dict.fromkeys(("KEY_MAX", "ORDER", "LAST"), "SKIP")
 
 
 _MAIN_KERNELS = {"fwd": "fwd", "dq": "bwd_dq", "dkdv": "bwd_dkdv", "dk": "bwd_dkdv", "dv": "bwd_dkdv"}
+_NO_SPILL = {("sm_90", d) for d in (64, 112, 128)}  # tiles chosen so, in 16 bits; dropout takes too many registers
 _SMALL_KERNELS = ("bounds", "key_norm", "key_max", "order", "last_kept", "bwd_delta")
 
 
@@ -498,9 +499,19 @@ def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group
     label = f"{part} D{d} {short} {shape} {tile.m}x{tile.n} warps {tile.warps} group {group}" if main else part
     options = {"enable_fp_fusion": True} if main else {}
     scores = tile.m * tile.n if main else None
-    stages = tile.stages
+    no_spill = main and (name, d) in _NO_SPILL and dtype != torch.float32 and "DROPOUT" not in on
     return Variant(
-        "flash_attention", label, kernel, signature, constants, divisible, tile.warps, stages, scores, options
+        op="flash_attention",
+        label=label,
+        kernel=kernel,
+        signature=signature,
+        constants=constants,
+        divisible=divisible,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        scores=scores,
+        options=options,
+        no_spill=no_spill,
     )
 
 
@@ -526,6 +537,8 @@ def _op(
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse, the first keys of tiles, and what sums to `kept`."""
+    if sequence_id is not None and (not triton or sequence_id.device.type == "cpu"):
+        _check_order(sequence_id, attention_mask)  # here, where it runs within a compiled graph too
     masks = (attention_mask, sequence_id, prefix_mask)
     with no_autocast(q), on_device(q):
         rest: Any = (causal, scale, window, query_offset, dropout_p)
@@ -639,15 +652,17 @@ def flash_attention(
     Query s of the call has position i = query_offset + s, key t has j = t. It is visible where all of these hold: j <=
     i, if causal, or prefix_mask[b, j]; |i - j| < window; attention_mask[b, j]; sequence_id[b, j] == sequence_id[b, i]
     and not negative. The masks are over keys, (B, T): attention_mask and prefix_mask bool or integer, sequence_id
-    integer (needs query_offset + S <= T). A query that sees nothing gives 0 and lse -inf.
+    integer (needs query_offset + S <= T). A row's ids must not decrease, padding aside, but may leave numbers out. A
+    query that sees nothing gives 0 and lse -inf.
 
     dropout_p: of the probabilities, those kept divided by 1 - p, drawn from `seed` (None: from torch's generator) and
     drawn again in the backward; another implementation draws others from the same seed.
     skip: leave out keys that provably weigh at most 2^-24 of their row (fp64: 2^-53), for any input; out then differs
     by at most 2^-23 * max|v|. False is for comparison.
 
-    TypeError on dtypes, devices, DTensors; ValueError on shapes and values (Triton: D <= 256, no fp64). Its second
-    derivative is refused.
+    TypeError on dtypes, devices, DTensors; ValueError on shapes and values (Triton: D <= 256, no fp64). The Triton path
+    does not wait for a sequence_id on a GPU: there one that decreases is not refused, and means what is said above. The
+    second derivative is refused.
     """
     check_tensors("flash_attention", q=q, k=k, v=v)
     dtype = autocast_dtype(q)
@@ -667,6 +682,8 @@ def flash_attention(
     unfit = f"its kernels take head dimensions up to 256, not {q.shape[-1]}" if q.shape[-1] > 256 else None
     which = choose("flash_attention", q, backend, unfit=unfit)
     if which == "reference":
+        if sequence_id is not None and not torch.compiler.is_compiling():
+            _check_order(sequence_id, attention_mask)
         with no_autocast(q):
             masks = {"attention_mask": attention_mask, "sequence_id": sequence_id, "prefix_mask": prefix_mask}
             kwargs: dict[str, Any] = {"alibi_slopes": slopes, "causal": causal, "softmax_scale": scale, **masks}
@@ -719,3 +736,21 @@ def _check_masks(
             f"sequence_id covers {k.shape[1]} keys, and the queries end at {query_offset + q.shape[1]}; "
             "pass ids for every position"
         )
+
+
+def _check_order(sequence_id: Tensor, attention_mask: Tensor | None) -> None:
+    """ValueError where an id is smaller than one before it in its row; negative ones and those of keys that
+    attention_mask hides are padding. Waits for a GPU.
+    """
+    ids = sequence_id.long()
+    if attention_mask is not None:
+        ids = ids.where(attention_mask.bool(), -1)
+    before = ids.cummax(1).values
+    wrong = (ids >= 0) & (ids < before)
+    if not bool(wrong.any()):
+        return
+    row, at = wrong.nonzero()[0].tolist()
+    raise ValueError(
+        f"sequence_id[{row}, {at}] is {int(ids[row, at])} and comes after {int(before[row, at])}; the ids of a row "
+        "must not decrease: number its sequences in their order, and mark padding by -1 or in attention_mask"
+    )

@@ -141,12 +141,9 @@ def _shift(slope2, away, MODE: tl.constexpr):
 
 
 @triton.jit
-def _of_batch_row(X, b, T, ON: tl.constexpr):
-    """Row b of a mask (B, T); what is not ON is None."""
-    if ON:
-        return X + b.to(tl.int64) * T
-    else:
-        return X
+def _of_batch_row(X, b, T):
+    """Row b of a mask (B, T). Only for what is not None: Triton 3.6 lets no function return that."""
+    return X + b.to(tl.int64) * T
 
 
 @triton.jit
@@ -181,7 +178,10 @@ def _early(PREFIX_MASK, cols, T, MODE: tl.constexpr):
 @triton.jit
 def _visible(pos, cols, qid, KEY_IDS, PREFIX_MASK, T, window, MODE: tl.constexpr):
     """(rows, keys) bool of queries at positions pos with ids qid and keys cols."""
-    see = (cols < T)[None, :]
+    if IDS & MODE:  # keys beyond T have id -1
+        see = _key_ids(KEY_IDS, cols, T, MODE)[None, :] == qid[:, None]
+    else:
+        see = (cols < T)[None, :]
     if CAUSAL & MODE:
         under = cols[None, :] <= pos[:, None]
         if PREFIX & MODE:
@@ -190,8 +190,6 @@ def _visible(pos, cols, qid, KEY_IDS, PREFIX_MASK, T, window, MODE: tl.constexpr
     if WINDOW & MODE:
         away = pos[:, None] - cols[None, :]
         see = see & (away < window) & (-away < window)
-    if IDS & MODE:
-        see = see & (_key_ids(KEY_IDS, cols, T, MODE)[None, :] == qid[:, None])
     return see
 
 
@@ -225,9 +223,9 @@ def _survives(SEED, counter, rows, cols, dropout_p):
 
 
 @triton.jit
-def _key_range(BOUNDS, pos0, T, window, MODE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """(lo, full_lo, full_hi, hi) of the keys of M queries from position pos0; multiples of N but hi. BOUNDS: the tile's
-    four numbers, from `_bounds_kernel`.
+def _key_range(BOUNDS, tile, pos0, T, window, MODE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """(lo, full_lo, full_hi, hi) of the keys of M queries from position pos0; multiples of N but hi. BOUNDS: four
+    numbers for each tile, from `_bounds_kernel`.
     """
     lo = pos0 * 0
     hi = lo + T
@@ -243,6 +241,7 @@ def _key_range(BOUNDS, pos0, T, window, MODE: tl.constexpr, M: tl.constexpr, N: 
         full_lo = tl.maximum(full_lo, pos0 + M - window)
         full_hi = tl.minimum(full_hi, pos0 + window)
     if IDS & MODE or PREFIX & MODE:
+        BOUNDS += tile * 4
         lo = tl.maximum(lo, tl.load(BOUNDS))
         hi = tl.minimum(hi, tl.load(BOUNDS + 1))
         full_lo = tl.maximum(full_lo, tl.load(BOUNDS + 2))
@@ -254,7 +253,7 @@ def _key_range(BOUNDS, pos0, T, window, MODE: tl.constexpr, M: tl.constexpr, N: 
 
 
 @triton.jit
-def _row_range(BOUNDS, n0, off, S, window, MODE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def _row_range(BOUNDS, tile, n0, off, S, window, MODE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """(lo, full_lo, full_hi, hi) of the rows that see N keys from n0; multiples of M but hi. Rows beyond S pass for
     seeing: their LSE is inf.
     """
@@ -273,6 +272,7 @@ def _row_range(BOUNDS, n0, off, S, window, MODE: tl.constexpr, M: tl.constexpr, 
         full_lo = tl.maximum(full_lo, first + N - window)
         full_hi = tl.maximum(tl.minimum(full_hi, first + window), 0)
     if IDS & MODE or PREFIX & MODE:
+        BOUNDS += tile * 4
         lo = tl.maximum(lo, tl.load(BOUNDS))
         hi = tl.minimum(hi, tl.load(BOUNDS + 1))
         full_lo = tl.maximum(full_lo, tl.load(BOUNDS + 2))
@@ -296,9 +296,12 @@ def _flash_attention_bounds_kernel(
     """
     t = tl.program_id(0) % tiles
     b = tl.program_id(0) // tiles
-    KEY_IDS = _of_batch_row(KEY_IDS, b, T, IDS & MODE)
-    QUERY_IDS = _of_batch_row(QUERY_IDS, b, T, DOCS & MODE)
-    PREFIX_MASK = _of_batch_row(PREFIX_MASK, b, T, PREFIX & MODE)
+    if IDS & MODE:
+        KEY_IDS = _of_batch_row(KEY_IDS, b, T)
+    if DOCS & MODE:
+        QUERY_IDS = _of_batch_row(QUERY_IDS, b, T)
+    if PREFIX & MODE:
+        PREFIX_MASK = _of_batch_row(PREFIX_MASK, b, T)
     own = t * TILE + tl.arange(0, TILE)
     if KEYS:
         ids = _key_ids(KEY_IDS, own, T, MODE)
@@ -517,9 +520,13 @@ def _flash_attention_fwd_kernel(
     start_m = t * BLOCK_M
     pos0 = off + start_m
     rows = start_m + tl.arange(0, BLOCK_M)
-    KEY_IDS = _of_batch_row(KEY_IDS, b, T, IDS & MODE)
-    PREFIX_MASK = _of_batch_row(PREFIX_MASK, b, T, PREFIX & MODE)
-    qid = _query_ids(_of_batch_row(QUERY_IDS, b, T, DOCS & MODE), off + rows, off + S, MODE)
+    if IDS & MODE:
+        KEY_IDS = _of_batch_row(KEY_IDS, b, T)
+    if PREFIX & MODE:
+        PREFIX_MASK = _of_batch_row(PREFIX_MASK, b, T)
+    if DOCS & MODE:
+        QUERY_IDS = _of_batch_row(QUERY_IDS, b, T)
+    qid = _query_ids(QUERY_IDS, off + rows, off + S, MODE)
     slope = _slope(SLOPES, h, MODE)
     slope2 = slope * _unit(MODE)
     qk_scale = scale * _unit(MODE)
@@ -529,9 +536,7 @@ def _flash_attention_fwd_kernel(
     m = tl.full([BLOCK_M], -LARGE, tl.float32)  # finite: a row that has seen nothing yet keeps p = 0
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
-    lo, full_lo, full_hi, hi = _key_range(
-        _of_tile(BOUNDS, b * tiles + t, MODE), pos0, T, window, MODE, BLOCK_M, BLOCK_N
-    )
+    lo, full_lo, full_hi, hi = _key_range(BOUNDS, b * tiles + t, pos0, T, window, MODE, BLOCK_M, BLOCK_N)
     near = full_hi
     if SKIP & MODE:
         near = tl.maximum(tl.minimum(pos0, tl.maximum(hi - 1, 0)) // SKIP_N - NEAR, 0) * SKIP_N
@@ -578,14 +583,6 @@ def _flash_attention_fwd_kernel(
     keys = tl.minimum((hi + BLOCK_N - 1) // BLOCK_N * BLOCK_N, T) - lo
     pairs = tl.maximum(keys, 0).to(tl.float32) * tl.minimum(S - start_m, BLOCK_M).to(tl.float32)
     tl.store(SHARE + head * tiles + t, pairs * share)
-
-
-@triton.jit
-def _of_tile(BOUNDS, tile, MODE: tl.constexpr):
-    if IDS & MODE or PREFIX & MODE:
-        return BOUNDS + tile * 4
-    else:
-        return BOUNDS
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -657,9 +654,13 @@ def _flash_attention_bwd_dq_kernel(
     head = b * H + h
     start_m = t * BLOCK_M
     rows = start_m + tl.arange(0, BLOCK_M)
-    KEY_IDS = _of_batch_row(KEY_IDS, b, T, IDS & MODE)
-    PREFIX_MASK = _of_batch_row(PREFIX_MASK, b, T, PREFIX & MODE)
-    qid = _query_ids(_of_batch_row(QUERY_IDS, b, T, DOCS & MODE), off + rows, off + S, MODE)
+    if IDS & MODE:
+        KEY_IDS = _of_batch_row(KEY_IDS, b, T)
+    if PREFIX & MODE:
+        PREFIX_MASK = _of_batch_row(PREFIX_MASK, b, T)
+    if DOCS & MODE:
+        QUERY_IDS = _of_batch_row(QUERY_IDS, b, T)
+    qid = _query_ids(QUERY_IDS, off + rows, off + S, MODE)
     slope2 = _slope(SLOPES, h, MODE) * _unit(MODE)
     qk_scale = scale * _unit(MODE)
     K = _head(K, b, hk, skb, skh, TMA)
@@ -670,9 +671,7 @@ def _flash_attention_bwd_dq_kernel(
     lse = tl.load(LSE2 + padded) + _shift(slope2, tl.arange(0, BLOCK_M), MODE)
     delta = tl.load(DELTA + padded)
     dq = tl.zeros([BLOCK_M, D], tl.float32)
-    lo, full_lo, full_hi, hi = _key_range(
-        _of_tile(BOUNDS, b * tiles + t, MODE), off + start_m, T, window, MODE, BLOCK_M, BLOCK_N
-    )
+    lo, full_lo, full_hi, hi = _key_range(BOUNDS, b * tiles + t, off + start_m, T, window, MODE, BLOCK_M, BLOCK_N)
     if SKIP & MODE:
         lo = tl.maximum(lo, tl.load(START + head * start_tiles + start_m // TILE_M))
     if WINDOW & MODE or IDS & MODE:
@@ -693,12 +692,14 @@ def _flash_attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkdv_loop(
-    dk, dv, k, v, Q, DO, LSE2, DELTA, START, KEY_IDS, QUERY_IDS, PREFIX_MASK, SEED, b, h, counter, sqm, sdm, lo, hi, S,
-    T, n0, off, window, dropout_p, qk_scale, slope2, DK: tl.constexpr, DV: tl.constexpr, CHECK: tl.constexpr,
-    MODE: tl.constexpr, DH: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TILE_M: tl.constexpr,
-    TMA: tl.constexpr, PREC: tl.constexpr,
+    dk, dv, k, v, Q, DO, LSE2, DELTA, START, KEY_IDS, QUERY_IDS, PREFIX_MASK, SEED, b, h, counter, sqm, sdm, lo, hi,
+    jump, over, S, T, n0, off, window, dropout_p, qk_scale, slope2, DK: tl.constexpr, DV: tl.constexpr,
+    CHECK: tl.constexpr, MODE: tl.constexpr, DH: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    TILE_M: tl.constexpr, TMA: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Scores as (queries, keys): what belongs to a row costs few registers then, and p and ds pass through shared
+    """Rows lo .. hi; where CHECK, those from `jump` on mean rows `over` further on.
+
+    Scores as (queries, keys): what belongs to a row costs few registers then, and p and ds pass through shared
     memory.
     """
     rel = tl.arange(0, M)
@@ -706,6 +707,8 @@ def _dkdv_loop(
     cb = tl.arange(0, N).to(tl.float32) * slope2
     rb = _shift(slope2, rel, MODE)
     for m0 in tl.range(lo, hi, M):
+        if CHECK and (WINDOW & MODE or IDS & MODE):
+            m0 += tl.where(m0 >= jump, over, 0)
         m0 = tl.multiple_of(m0, M)
         q = _rows(Q, b, h, m0, sqm, S, DH, D, M, True, TMA)
         do = _rows(DO, b, h, m0, sdm, S, DH, D, M, True, TMA)
@@ -715,9 +718,9 @@ def _dkdv_loop(
         r = tl.load(LSE2 + m0 + rel) + rb + base
         qk = tl.dot(q, k.T, input_precision=PREC)
         pos = off + m0 + rel
-        qid = pos
-        if CHECK:
-            qid = _query_ids(QUERY_IDS, pos, off + S, MODE)
+        qid = pos * 0  # that of rows which see nothing does not matter: their LSE is inf
+        if CHECK and DOCS & MODE:
+            qid = tl.load(QUERY_IDS + tl.minimum(pos, off + S - 1))
         s = _scores(qk, pos, cols, qid, KEY_IDS, PREFIX_MASK, T, window, qk_scale, slope2, cb, CHECK, MODE)
         p = _exp(s - r[:, None], MODE)
         if DROPOUT & MODE:
@@ -728,8 +731,8 @@ def _dkdv_loop(
             else:
                 dv = tl.dot(p.to(do.dtype).T, do, dv, input_precision=PREC)
         if DK:
-            delta = tl.load(DELTA + m0 + rel)
             dp = tl.dot(do, v.T, input_precision=PREC)
+            delta = tl.load(DELTA + m0 + rel)  # after the product: before it, ptxas spills a register for it
             if DROPOUT & MODE:
                 dp = dp * kept
             ds = p * (dp - delta[:, None])
@@ -749,9 +752,12 @@ def _flash_attention_bwd_dkdv_kernel(
     """One block of keys of one kv head, over the rows of all its query heads. ORDER: of kv heads."""
     t, b, hk = _program(tiles, B, ORDER, MODE)
     n0 = t * BLOCK_N
-    KEY_IDS = _of_batch_row(KEY_IDS, b, T, IDS & MODE)
-    QUERY_IDS = _of_batch_row(QUERY_IDS, b, T, DOCS & MODE)
-    PREFIX_MASK = _of_batch_row(PREFIX_MASK, b, T, PREFIX & MODE)
+    if IDS & MODE:
+        KEY_IDS = _of_batch_row(KEY_IDS, b, T)
+    if DOCS & MODE:
+        QUERY_IDS = _of_batch_row(QUERY_IDS, b, T)
+    if PREFIX & MODE:
+        PREFIX_MASK = _of_batch_row(PREFIX_MASK, b, T)
     k = _rows(_head(K, b, hk, skb, skh, TMA), b, hk, n0, skn, T, DH, D, BLOCK_N, True, TMA)
     v = k
     if WANT_DK:
@@ -759,9 +765,7 @@ def _flash_attention_bwd_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     qk_scale = scale * _unit(MODE)
-    lo, full_lo, full_hi, end = _row_range(
-        _of_tile(BOUNDS, b * tiles + t, MODE), n0, off, S, window, MODE, BLOCK_M, BLOCK_N
-    )
+    lo, full_lo, full_hi, end = _row_range(BOUNDS, b * tiles + t, n0, off, S, window, MODE, BLOCK_M, BLOCK_N)
     for g in range(GROUP):
         h = hk * GROUP + g
         head = b * H + h
@@ -774,22 +778,20 @@ def _flash_attention_bwd_dkdv_kernel(
         if SKIP & MODE:
             STARTh = START + head * start_tiles
             hi = tl.minimum(hi, (tl.load(LAST + head * blocks + n0 // SKIP_N) + 1) * TILE_M)
+        # Both checked parts in one loop, so that the plain one, which comes last, keeps nothing for another.
+        over = hi - tl.minimum(full_lo, hi)
+        if WINDOW & MODE or IDS & MODE:
+            over -= hi - tl.minimum(full_hi, hi)
         dk, dv = _dkdv_loop(
             dk, dv, k, v, Qh, DOh, LSE2 + padded, DELTA + padded, STARTh, KEY_IDS, QUERY_IDS, PREFIX_MASK, SEED, b, h,
-            head, sqm, sdm, lo, tl.minimum(full_lo, hi), S, T, n0, off, window, dropout_p, qk_scale, slope2, WANT_DK,
+            head, sqm, sdm, lo, hi - over, full_lo, over, S, T, n0, off, window, dropout_p, qk_scale, slope2, WANT_DK,
             WANT_DV, True, MODE, DH, D, BLOCK_M, BLOCK_N, TILE_M, TMA, PREC,
         )  # fmt: skip
         dk, dv = _dkdv_loop(
             dk, dv, k, v, Qh, DOh, LSE2 + padded, DELTA + padded, STARTh, KEY_IDS, QUERY_IDS, PREFIX_MASK, SEED, b, h,
-            head, sqm, sdm, full_lo, tl.minimum(full_hi, hi), S, T, n0, off, window, dropout_p, qk_scale, slope2,
+            head, sqm, sdm, full_lo, tl.minimum(full_hi, hi), 0, 0, S, T, n0, off, window, dropout_p, qk_scale, slope2,
             WANT_DK, WANT_DV, False, MODE, DH, D, BLOCK_M, BLOCK_N, TILE_M, TMA, PREC,
         )  # fmt: skip
-        if WINDOW & MODE or IDS & MODE:
-            dk, dv = _dkdv_loop(
-                dk, dv, k, v, Qh, DOh, LSE2 + padded, DELTA + padded, STARTh, KEY_IDS, QUERY_IDS, PREFIX_MASK, SEED, b,
-                h, head, sqm, sdm, full_hi, hi, S, T, n0, off, window, dropout_p, qk_scale, slope2, WANT_DK, WANT_DV,
-                True, MODE, DH, D, BLOCK_M, BLOCK_N, TILE_M, TMA, PREC,
-            )  # fmt: skip
     if WANT_DK:
         _store_rows(DK, dk * scale, b, hk, n0, H // GROUP, T, DH, D, BLOCK_N)
     if WANT_DV:

@@ -39,7 +39,7 @@ from kernels.backend import (
 from kernels.compile import Variant
 from kernels.product import product
 
-_CPU_ELEMENTS = 2**25  # logits of a chunk: enough that adding to dweight costs little beside the matrix products
+_CPU_ELEMENTS = 2**24  # logits of a chunk: enough that adding to dweight costs little beside the matrix products
 _GPU_ELEMENTS = 2**28
 _CACHED_ELEMENTS = 2**20  # logits between whose passes nothing leaves a CPU's cache
 

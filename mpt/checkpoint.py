@@ -145,6 +145,7 @@ def _write_config(folder: Path, config: MptConfig, architecture: str, dtype: tor
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8")) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     values.pop("dtype", None)  # its newer name, of the file that the configuration was read from
+    values.pop("auto_map", None)  # it names code, which is not copied along
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if ignored := unsupported_by_transformers(config):
         warnings.warn(

@@ -61,9 +61,14 @@ def _cast(name: str, stored: Stored, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or dtype == tensor.dtype:
         return tensor
     cast = tensor.to(dtype)
-    if not cast.isfinite().all() and tensor.isfinite().all():
+    if not _finite(cast) and _finite(tensor):
         raise ValueError(f"{name} holds numbers beyond the range of {str(dtype).removeprefix('torch.')}; use bfloat16")
     return cast
+
+
+def _finite(tensor: Tensor) -> bool:
+    """By its extremes, which NaN goes through as well: no second tensor is made for the question."""
+    return all(math.isfinite(float(extreme)) for extreme in tensor.aminmax())
 
 
 def _check_room(to: Path, needed: int) -> None:

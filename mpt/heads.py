@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import kernels
 from mpt import generate as generation
 from mpt.config import MptConfig
+from mpt.context import ContextSplit
 from mpt.losses import sequence_loss, span_loss, token_loss
 from mpt.model import MptModel, MptPreTrainedModel, building_device, linear, readable, refuse_unknown
 from mpt.outputs import (
@@ -62,6 +63,7 @@ class MptForCausalLM(MptPreTrainedModel):
         prefix_mask: Tensor | None = None,
         return_logits: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        context: ContextSplit | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Loss, and logits (B, S, V) of input_ids (B, S); the arguments of MptModel.forward, and:
@@ -72,6 +74,8 @@ class MptForCausalLM(MptPreTrainedModel):
         logits_to_keep: n > 0 gives logits for the last n positions, a 1-D tensor for those positions, 0 for all.
         return_logits: None means yes, unless the model trains with labels; then logits is None, with no place in the
             tuple.
+        context: as for MptModel; labels are whole. The loss is this rank's share: those of the group add up to the
+            loss of the whole sequences.
 
         ValueError names the argument that does not fit; IndexError a label outside the vocabulary.
         """
@@ -89,11 +93,12 @@ class MptForCausalLM(MptPreTrainedModel):
             sequence_id=sequence_id,
             token_type_ids=token_type_ids,
             prefix_mask=prefix_mask,
+            context=context,
         )
         assert isinstance(outputs, BaseModelOutputWithPastAndCrossAttentions)
         hidden = outputs.last_hidden_state
         assert hidden is not None
-        loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
+        loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch, context)
         if return_logits is None:
             return_logits = not (self.training and labels is not None)
         out = CausalLMOutputWithCrossAttentions(
@@ -110,11 +115,16 @@ class MptForCausalLM(MptPreTrainedModel):
     def _head_weight(self) -> Tensor:
         return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
 
-    def _loss(self, hidden: Tensor, labels: Tensor, num_items: int | Tensor | None) -> Tensor:
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels are {tuple(labels.shape)}; they must be (B, S) = {tuple(hidden.shape[:2])}")
-        # Shift the labels, which are small, instead of the hidden states: those stay one contiguous block.
-        shifted = torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), -100)), dim=1)
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, num_items: int | Tensor | None, context: ContextSplit | None
+    ) -> Tensor:
+        shape = (hidden.shape[0], hidden.shape[1] if context is None else context.length)
+        if labels.shape != shape:
+            raise ValueError(f"labels are {tuple(labels.shape)}; they must be (B, S) = {shape}")
+        shifted = shift_labels(labels)
+        if context is not None:
+            num_items = (shifted != -100).sum().clamp(min=1) if num_items is None else num_items
+            shifted = context.take(shifted)
         reduction = "mean" if num_items is None else "sum"
         factor = self.config.logit_factor
         loss = kernels.linear_cross_entropy(
@@ -129,6 +139,13 @@ class MptForCausalLM(MptPreTrainedModel):
             hidden = hidden[:, -keep:]
         logits = linear(hidden, self._head_weight())
         return logits if self.config.logit_scale is None else logits * self.config.logit_factor
+
+
+def shift_labels(labels: Tensor) -> Tensor:
+    """What each position is trained on, (B, S): the next label, -100 at the end. Labels are small; hidden states, not
+    shifted, stay one contiguous block.
+    """
+    return torch.cat((labels[:, 1:], labels.new_full((labels.shape[0], 1), -100)), dim=1)
 
 
 def _drop_redundant_head(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -21,6 +21,7 @@ from kernels.product import product
 from mpt import checkpoint
 from mpt.cache import CacheStep, LayerStep, MptCache
 from mpt.config import MptConfig
+from mpt.context import ContextSplit
 from mpt.initialize import init_weights
 from mpt.outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -40,6 +41,8 @@ class AttentionRules:
     """What every block's attention takes besides x: ALiBi's slopes (H,), fp32, and who sees whom, each (B, S) or None
     (with a cache (B, past + S), over keys).
 
+    With a context, x is this rank's part of the sequences; the masks are whole.
+
     A class of its own, neither keywords nor a dataclass: fully_shard casts the floating tensors that it finds in those,
     among a block's arguments, to its own precision, and slopes in bf16 are wrong by up to 0.4 %.
     """
@@ -55,6 +58,7 @@ class AttentionRules:
         self.attention_mask = attention_mask
         self.sequence_id = sequence_id
         self.prefix_mask = prefix_mask
+        self.context: ContextSplit | None = None
 
 
 class MptNorm(nn.Module):
@@ -143,7 +147,8 @@ class MptAttention(nn.Module):
         if past is not None:
             out: Any = past.attend(q, k, v, rules, self.softmax_scale, dropout_p)
         else:
-            out = kernels.flash_attention(
+            attend: Any = kernels.flash_attention if rules.context is None else rules.context.attention
+            out = attend(
                 q,
                 k,
                 v,
@@ -487,6 +492,7 @@ class MptModel(MptPreTrainedModel):
         sequence_id: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         prefix_mask: Tensor | None = None,
+        context: ContextSplit | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
         """Hidden states (B, S, d) of input_ids (B, S) int, or of inputs_embeds (B, S, d) in their place.
@@ -504,6 +510,9 @@ class MptModel(MptPreTrainedModel):
         past_key_values: an MptCache of `past` columns, which the input follows. It is added to in place, and returned.
             Without attention_mask its padding stays padding. Gradients reach what this call reads, not what it holds.
         cache_position: (S,), past .. past + S - 1; nothing else is possible, so it may be left out.
+        context: share each sequence with other ranks. All arguments are whole, the outputs are this rank's part: the
+            positions that `context.take` gives. It has to be made from the attention_mask and sequence_id given here.
+            Not with prefix_mask, output_attentions or a cache.
 
         ValueError names the argument that does not fit, TypeError one that does not exist.
         """
@@ -516,10 +525,13 @@ class MptModel(MptPreTrainedModel):
             if sequence_id is not None:
                 raise ValueError("sequence_id and token_type_ids are two names of one argument: give one of them")
             sequence_id = token_type_ids
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values, use_cache if context is None else bool(use_cache))
         past = 0 if cache is None else cache.columns
         _check_cache_position(cache_position, past, given.shape[1])
         rules = self._rules(given, attention_mask, sequence_id, prefix_mask, past)
+        if context is not None:
+            _check_context(context, given, rules, output_attentions, cache)
+            rules.context = context
         step = self._step(cache, given, rules)
         x = self._embed(input_ids, inputs_embeds, rules, past)
 
@@ -647,6 +659,12 @@ class MptModel(MptPreTrainedModel):
     def _embed(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, rules: AttentionRules, past: int
     ) -> Tensor:
+        context, positions = rules.context, None
+        if self.wpe is not None:
+            positions = self._positions(input_ids if inputs_embeds is None else inputs_embeds, rules, past)
+        if context is not None:
+            input_ids, inputs_embeds = (None if x is None else context.take(x) for x in (input_ids, inputs_embeds))
+            positions = None if positions is None else context.take(positions, dim=-1)
         if inputs_embeds is not None:
             x = inputs_embeds
         else:
@@ -658,13 +676,16 @@ class MptModel(MptPreTrainedModel):
                 worst, last = low if low < 0 else high, self.config.vocab_size - 1
                 raise ValueError(f"input_ids hold {worst}; ids must be in 0..{last} (vocab_size - 1)") from None
         if self.wpe is not None:
-            x = x + self.wpe(self._positions(x, rules, past))
+            x = x + self.wpe(positions)
         if (f := self.config.embedding_fraction) != 1:
             x = f * x + (1 - f) * x.detach()
         return F.dropout(x, self.config.emb_pdrop) if self.training and self.config.emb_pdrop else x
 
-    def _positions(self, x: Tensor, rules: AttentionRules, past: int) -> Tensor:
-        """(S,) or (B, S): a token's place among the real tokens of its row. Ids of -1 are padding here, too."""
+    def _positions(self, x: Tensor | None, rules: AttentionRules, past: int) -> Tensor:
+        """(S,) or (B, S): a token's place among the real tokens of its row, for ids (B, S) or embeddings (B, S, d).
+        Ids of -1 are padding here, too.
+        """
+        assert x is not None
         length, limit, real = past + x.shape[1], self.config.max_seq_len, rules.attention_mask
         if rules.sequence_id is not None:
             real = rules.sequence_id >= 0 if real is None else real & (rules.sequence_id >= 0)
@@ -702,6 +723,19 @@ def refuse_unknown(method: Callable[..., Any], given: dict[str, Any]) -> None:
         close = difflib.get_close_matches(name, known, n=1)
         advice = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
         raise TypeError(f"{method.__qualname__}() has no argument {name!r}; {advice}")
+
+
+def _check_context(
+    context: ContextSplit, given: Tensor, rules: AttentionRules, output_attentions: bool | None, cache: MptCache | None
+) -> None:
+    if given.shape[1] != context.length:
+        raise ValueError(f"the sequences have {given.shape[1]} tokens and context was made for {context.length}")
+    if context.documents and rules.sequence_id is None:
+        raise ValueError("context was made from sequence_id, which this model's attention does not use: leave it out")
+    if output_attentions:
+        raise ValueError("output_attentions does not work where ranks share sequences (context); leave it out")
+    if cache is not None:
+        raise ValueError("a cache does not work where ranks share sequences (context); leave past_key_values out")
 
 
 def building_device(config: MptConfig) -> torch.device:

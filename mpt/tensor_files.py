@@ -47,8 +47,25 @@ STATE = frozenset(
 )
 # Of Python's own library, what stands in such a state; a file that asks for more of it (os, subprocess) is an attack.
 STATE_LIBRARY = frozenset(["collections", "copyreg", "datetime", "decimal", "enum", "functools", "pathlib", "uuid"])
-STATE_TORCH = frozenset(["torch.torch_version.TorchVersion"])
-STATE_BUILTINS = frozenset(f"builtins.{name}" for name in ("object", "getattr", "frozenset", "slice", "range"))
+# Of torch, what metrics are made of: torch's unpickler makes none of these, unlike torch.FloatTensor(10**12).
+STATE_TORCH = ("torch.nn.", "torch._C._VariableFunctions", "torch.torch_version.")
+STATE_BUILTINS = frozenset(
+    f"builtins.{name}"
+    for name in (
+        "object",
+        "getattr",
+        "frozenset",
+        "slice",
+        "range",
+        "dict",
+        "list",
+        "tuple",
+        "str",
+        "int",
+        "float",
+        "bool",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ class Stored:
         ):
             target.copy_(self.rows(first, first + target.shape[0]))
             return
-        # Read to where it belongs: half the page faults of a mapped file, and no threads that wait for each other.
+        # Read to where it belongs: no page of the file is mapped, and no threads wait for each other over a copy.
         path, start = self.place
         rest = target.view(torch.uint8).reshape(-1).numpy().data
         with path.open("rb", buffering=0) as file:
@@ -94,6 +111,12 @@ class StandIn:
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def __setstate__(self, _: Any) -> None: ...
+
+
+def _stand_in(name: str) -> Any:
+    """What a restricted unpickler calls in the place of `name`: what is filled afterwards has to be fillable."""
+    filled: dict[str, Any] = {"collections.defaultdict": lambda *_: {}, "collections.deque": lambda *_: []}
+    return filled.get(name, StandIn)
 
 
 def read_folder(folder: Path) -> dict[str, Stored] | None:
@@ -250,7 +273,7 @@ def load_archive(path: Path, inside: io.BytesIO | None = None, *, training_state
             f"{path} is refused: it asks for {short(', '.join(sorted(refused)))}, which no file of {wanted} needs; "
             "take the model from a source that you trust"
         )
-    stand_ins: Any = [(StandIn, name) for name in sorted(foreign)]
+    stand_ins: Any = [(_stand_in(name), name) for name in sorted(foreign)]
     try:
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecated storages, which a user cannot change
@@ -267,8 +290,8 @@ def _may_stand_in(name: str) -> bool:
     package = name.split(".")[0]
     if package == "builtins":
         return name in STATE_BUILTINS
-    if package == "torch":  # torch's unpickler would make most of these itself, such as torch.FloatTensor(10**12)
-        return name in STATE_TORCH
+    if package == "torch":
+        return name.startswith(STATE_TORCH)
     return package in STATE_LIBRARY or package not in sys.stdlib_module_names
 
 

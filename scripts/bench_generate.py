@@ -1,8 +1,8 @@
 """Generation on this CPU, ours against transformers' MPT: tokens per second, time to the first token, peak memory.
 
 Both models have the same weights and prompts and take turns in one process; medians are compared. Greedy, fp32,
-transformers with its cache (its MptConfig has none by default). Peak memory is that of a process that runs one model
-only, less what it was after the imports.
+transformers with its cache, which MPT's configurations, its default and the published ones, turn off: --their-default
+leaves it off. Peak memory is that of a process that runs one model only, less what it was after the imports.
 Example: python scripts/bench_generate.py --case batch-4 --repeat 5
 """
 
@@ -84,6 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cpu-time", action="store_true", help="count CPU seconds: for a machine that is not idle, with --threads 1"
     )
+    parser.add_argument("--their-default", action="store_true", help="transformers as it comes, without its cache")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     for name in ("n-layers", "batch", "prompt", "new", "d-model", "n-heads", "vocab-size"):
@@ -112,11 +113,12 @@ def build_theirs(case: Case, weights: dict[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
-def generate(model: Any, case: Case) -> Tensor:
+def generate(model: Any, case: Case, their_default: bool = False) -> Tensor:
     ids = torch.randint(case.vocab_size, (case.batch, case.prompt), generator=torch.Generator().manual_seed(0))
-    kwargs: dict[str, Any] = {"max_new_tokens": case.new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    kwargs: dict[str, Any] = {"max_new_tokens": case.new, "do_sample": False, "pad_token_id": 0}
     if not isinstance(model, MptForCausalLM):
         kwargs |= {"attention_mask": torch.ones_like(ids), "eos_token_id": None}
+        kwargs |= {} if their_default else {"use_cache": True}
     return model.generate(ids, **kwargs)
 
 
@@ -124,13 +126,13 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     ours = build_ours(case)
     models: dict[str, nn.Module] = {"ours": ours, "theirs": build_theirs(case, ours.state_dict())}
     clock = time.process_time if args.cpu_time else time.perf_counter
-    outputs = {who: generate(model, case) for who, model in models.items()}
+    outputs = {who: generate(model, case, args.their_default) for who, model in models.items()}
     same = (outputs["ours"] == outputs["theirs"])[:, case.prompt :]
     times: dict[str, list[float]] = defaultdict(list)
     for _ in range(args.repeat):
         for who, model in models.items():
             start = clock()
-            generate(model, case)
+            generate(model, case, args.their_default)
             times[who].append(clock() - start)
     return {"seconds": dict(times), "same_tokens": same.float().mean().item()}
 

@@ -1,10 +1,12 @@
 """The operations of kernels against what else is installed, on this machine: time, rate, memory, error.
 
 Attention against scaled_dot_product_attention (with a bias; forced cuDNN and flash without one, as a bound),
-FlexAttention with ALiBi (with and without a BlockMask from our bound) and transformers' plain form; LayerNorm, MLP and
-linear + cross-entropy against plain torch, torch.compile and Liger. Contenders take turns in one process and medians
-count. Backward is what forward and backward take together, less forward. Errors are against float64, of the output, as
-a share of its largest element. Rates stand beside the measured rate of a copy and of a matrix product.
+FlexAttention with ALiBi (with and without a BlockMask from our bound), transformers' plain form and torch.compile of
+that; a query on a cache against the same; LayerNorm, MLP and linear + cross-entropy against plain torch, torch.compile
+and Liger. Contenders take turns in one process and medians count. Backward is what forward and backward take together,
+less forward. Errors are against float64, of the output and of the gradients, as a share of the largest element; of long
+inputs, at some rows. Rates stand beside the measured rate of a copy and of a matrix product: "dense" ones count all the
+work that attention without skipping has, "executed" ones what a contender does.
 Example: python scripts/bench_kernels.py --op attention --seq-len 2048 8192 --head-dim 64 --threads 1 --cpu-time
 """
 
@@ -22,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +36,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import kernels
 from kernels import reference
-from kernels.alibi import Rules, first_kept
+from kernels.alibi import GRAIN, Rules, first_kept
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPERATIONS = ("attention", "layer_norm", "mlp", "linear_cross_entropy")
+OPERATIONS = ("attention", "decode_attention", "layer_norm", "mlp", "linear_cross_entropy")
+USUAL = {"form": "causal", "norm": 25.0, "alibi_bias_max": 8.0}  # of attention; the rest is tried one by one
+UNUSUAL = {"form": ("documents", "padded"), "norm": (11.0, 45.0), "alibi_bias_max": (16.0,)}
 FLEX_BLOCK = 128  # queries and keys of a block of FlexAttention's BlockMask
 
 
@@ -57,10 +61,19 @@ class Contender:
     remark: str = ""
 
 
+class Exact(NamedTuple):
+    """gradient: of the output. results: for the output and the gradient of each tensor, what they are in float64, and
+    where that is found in a contender's.
+    """
+
+    gradient: Tensor | None
+    results: list[tuple[Tensor, Callable[[Tensor], Tensor]]]
+
+
 @dataclass
 class Problem:
     """An operation at one size. tensors: those to differentiate for. flops, moved: of the dense forward and backward,
-    operations and bytes. exact: the output in float64, and where it is found in a contender's.
+    operations and bytes.
     """
 
     op: str
@@ -69,7 +82,7 @@ class Problem:
     contenders: list[Contender]
     flops: tuple[float, float] | None = None
     moved: tuple[float, float] | None = None
-    exact: Callable[[], tuple[Tensor, Callable[[Tensor], Tensor]]] | None = None
+    exact: Callable[[], Exact] | None = None
 
 
 @dataclass
@@ -84,6 +97,7 @@ class Result:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     memory_mib: float | None = None
     error: float | None = None
+    gradient_error: float | None = None
     flops: tuple[float, float] | None = None
     moved: tuple[float, float] | None = None
     note: str = ""
@@ -134,9 +148,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 112, 128] if gpu else [64])
     parser.add_argument("--heads", type=int, default=32 if gpu else 8)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--form", nargs="+", choices=["causal", "documents", "padded"], default=["causal"])
-    parser.add_argument("--norm", type=float, nargs="+", default=[25.0], help="scale * |q| * |k|: 11, 25, 45 are seen")
-    parser.add_argument("--alibi-bias-max", type=float, nargs="+", default=[8.0], help="16 in StoryWriter")
+    said = "(default: causal, norm 25 and alibi_bias_max 8, then each other form, norm 11 and 45, alibi_bias_max 16)"
+    parser.add_argument("--form", nargs="+", choices=["causal", "documents", "padded"], help=f"of attention {said}")
+    parser.add_argument("--norm", type=float, nargs="+", help="scale * |q| * |k|: 11, 25, 45 are seen")
+    parser.add_argument("--alibi-bias-max", type=float, nargs="+", help="16 in StoryWriter")
     parser.add_argument("--d-model", type=int, default=4096 if gpu else 768)
     parser.add_argument("--vocab-size", type=int, default=50368)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if gpu else "fp32")
@@ -247,8 +262,7 @@ def measure(problem: Problem, args: argparse.Namespace) -> list[Result]:
             for run in runs.values():
                 run()
             if expected and not contender.bound:
-                exact, part = expected
-                result.error = ((part(contender.run()).double() - exact).abs().max() / exact.abs().max()).item()
+                result.error, result.gradient_error = errors(contender, problem.tensors, expected, with_backward)
             result.memory_mib = peak_mib(list(runs.values())[-1], args.device)
             passes[contender.name] = runs
         except Exception as e:  # a peer that cannot do this: it is reported, and the others go on
@@ -258,6 +272,20 @@ def measure(problem: Problem, args: argparse.Namespace) -> list[Result]:
             for which, run in passes.get(result.name, {}).items():
                 result.seconds.setdefault(which, []).append(timed(run, args))
     return results
+
+
+def errors(contender: Contender, tensors: list[Tensor], expected: Exact, backward: bool) -> tuple[float, float | None]:
+    """Of the output, and the worst of the gradients."""
+    out = contender.run()
+    got = [out.detach()]
+    if backward:
+        given = torch.ones_like(out) if expected.gradient is None else expected.gradient.to(out.dtype)
+        got += torch.autograd.grad(out, tensors, given)
+    found = [
+        ((part(x).double() - exact).abs().max() / exact.abs().max()).item()
+        for x, (exact, part) in zip(got, expected.results)
+    ]
+    return found[0], max(found[1:]) if backward else None
 
 
 def make_passes(contender: Contender, tensors: list[Tensor], backward: bool) -> dict[str, Callable[[], Any]]:
@@ -291,27 +319,38 @@ def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def problems(args: argparse.Namespace) -> Iterator[Problem]:
     if "attention" in args.op:
-        for d, s, form, norm, bias_max in product(
-            args.head_dim, args.seq_len, args.form, args.norm, args.alibi_bias_max
-        ):
-            yield attention(args, s, d, form, norm, bias_max)
+        for case, d, s in product(cases(args), args.head_dim, args.seq_len):
+            yield attention(args, s, d, **case)
+    if "decode_attention" in args.op:
+        plain = [case for case in cases(args) if case["form"] == "causal"]
+        for case, d, s in product(plain, args.head_dim, args.seq_len):
+            yield decode_attention(args, s, d, case["norm"], case["alibi_bias_max"])
     for tokens in args.seq_len:
         for make in (layer_norm, mlp, linear_cross_entropy):
             if make.__name__ in args.op:
                 yield make(args, tokens)
 
 
+def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Attention's forms, norms and alibi_bias_max: as asked, in every combination; else one at a time."""
+    asked = {name: values for name in USUAL if (values := getattr(args, name))}
+    if asked:
+        every = [asked.get(name, [usual]) for name, usual in USUAL.items()]
+        return [dict(zip(USUAL, values)) for values in product(*every)]
+    return [USUAL, *(USUAL | {name: value} for name, values in UNUSUAL.items() for value in values)]
+
+
 def leaf(args: argparse.Namespace, *shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, device=args.device) * scale).to(DTYPES[args.dtype]).requires_grad_()
 
 
-def attention(args: argparse.Namespace, s: int, d: int, form: str, norm: float, bias_max: float) -> Problem:
+def attention(args: argparse.Namespace, s: int, d: int, form: str, norm: float, alibi_bias_max: float) -> Problem:
     """q, k of the given scale * |q| * |k|, as normal vectors; documents of S / 8 on average, or a quarter padded."""
     b, h, device = args.batch, args.heads, args.device
     drawn = (norm / d**0.5) ** 0.5  # normal q and k have scale * |q| * |k| = sqrt(d)
     q, k = (leaf(args, b, s, h, d, scale=drawn) for _ in range(2))
     v = leaf(args, b, s, h, d)
-    slopes = kernels.alibi_slopes(h, bias_max).to(device)
+    slopes = kernels.alibi_slopes(h, alibi_bias_max).to(device)
     masks: dict[str, Tensor] = {}
     if form == "documents":
         starts = torch.rand(b, s, device=device) < 8 / s
@@ -331,7 +370,7 @@ def attention(args: argparse.Namespace, s: int, d: int, form: str, norm: float, 
     contenders.append(Contender("ours, no skipping", ours(skip=False), executed=kept(False)))
     bias_bytes = b * h * s * s * max(4, q.element_size())
     if bias_bytes <= args.memory_gib * 2**30:
-        contenders += with_a_bias(q, k, v, slopes, masks)
+        contenders += with_a_bias(q, k, v, slopes, masks, args)
     if form == "causal":
         contenders += without_a_bias(q, k, v)
     if not args.no_compile:
@@ -339,15 +378,20 @@ def attention(args: argparse.Namespace, s: int, d: int, form: str, norm: float, 
 
     rows = torch.linspace(0, s - 1, min(s, 16)).long().tolist()
 
-    def exact() -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        q64, k64, v64 = (x.detach().double() for x in (q, k, v))
+    def exact() -> Exact:
+        q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
         attend: Any = reference.flash_attention
         parts = [attend(q64[:, r : r + 1], k64, v64, query_offset=r, **given) for r in rows]
         seen = masks.get("attention_mask", torch.ones(b, s, dtype=torch.bool, device=device))[:, rows, None, None]
-        return torch.cat(parts, 1) * seen, lambda out: out[:, rows] * seen
+        out = torch.cat(parts, 1) * seen
+        gradient = torch.zeros_like(v)
+        gradient[:, rows] = torch.randn_like(v[:, rows]) * seen
+        grads = torch.autograd.grad(out, (q64, k64, v64), gradient[:, rows].double())
+        whole = [(x, lambda grad: grad) for x in grads]
+        return Exact(gradient, [(out.detach(), lambda out: out[:, rows] * seen), *whole])
 
     forward = 2 * b * h * s * s * d  # two products over the causal half
-    sizes = {"s": s, "d": d, "heads": h, "batch": b, "form": form, "norm": norm, "alibi_bias_max": bias_max}
+    sizes = {"s": s, "d": d, "heads": h, "batch": b, "form": form, "norm": norm, "alibi_bias_max": alibi_bias_max}
     return Problem("attention", sizes, [q, k, v], contenders, flops=(forward, 2.5 * forward), exact=exact)
 
 
@@ -362,14 +406,16 @@ def visible(s: int, masks: dict[str, Tensor], device: torch.device) -> Tensor:
     return see
 
 
-def with_a_bias(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, masks: dict[str, Tensor]) -> list[Contender]:
+def with_a_bias(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, masks: dict[str, Tensor], args: argparse.Namespace
+) -> list[Contender]:
     """What takes ALiBi and the masks as one (B, H, S, S) tensor, made beforehand."""
     s, d = q.shape[1], q.shape[3]
     position = torch.arange(s, device=q.device)
     away = (position[:, None] - position).float()
     bias = (-slopes[:, None, None] * away).masked_fill(~visible(s, masks, q.device), float("-inf")).to(q.dtype)
 
-    def eager() -> Tensor:
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
         scores = qt @ kt.transpose(2, 3) * d**-0.5 + bias
         return (scores.float().softmax(-1).to(vt.dtype) @ vt).transpose(1, 2)
@@ -379,10 +425,11 @@ def with_a_bias(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, masks: dict[str
         return F.scaled_dot_product_attention(qt, kt, vt, attn_mask=bias).transpose(1, 2)
 
     beside = f"beside it the bias, {bias.nbytes / 2**20:.0f} MiB"
-    return [
-        Contender("eager, as transformers", eager, executed=2.0, remark=beside),
-        Contender("SDPA with a bias", sdpa, executed=2.0, remark=beside),
-    ]
+    found = [Contender("eager, as transformers", lambda: eager(q, k, v), executed=2.0, remark=beside)]
+    if not args.no_compile:
+        built = compiled(eager)
+        found.append(Contender("torch.compile", lambda: built(q, k, v), executed=2.0, remark=beside))
+    return [*found, Contender("SDPA with a bias", sdpa, executed=2.0, remark=beside)]
 
 
 def without_a_bias(q: Tensor, k: Tensor, v: Tensor) -> list[Contender]:
@@ -469,6 +516,55 @@ def block_mask(first: Tensor, mask: Callable[..., Tensor], all_partial: bool) ->
     return BlockMask.from_kv_blocks(one, diagonal, count - 1, from_first, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask)
 
 
+def decode_attention(args: argparse.Namespace, keys: int, d: int, norm: float, alibi_bias_max: float) -> Problem:
+    """The newest query of each row on a full cache. GB/s: of the cache, read once."""
+    b, h, device, dtype = args.batch, args.heads, args.device, DTYPES[args.dtype]
+    drawn = (norm / d**0.5) ** 0.5
+    q = (torch.randn(b, 1, h, d, device=device) * drawn).to(dtype)
+    k, v = ((torch.randn(b, h, keys, d, device=device) * size).to(dtype) for size in (drawn, 1.0))
+    slopes = kernels.alibi_slopes(h, alibi_bias_max).to(device)
+    lengths = torch.full((b,), keys, device=device)
+    norms = torch.zeros(b, h, -(-keys // GRAIN), device=device)
+    kernels.update_key_norms(norms, k, 0)
+    bias = (slopes[:, None, None] * torch.arange(1 - keys, 1, device=device)).to(dtype)
+
+    def ours(key_norms: Tensor | None, **asked: Any) -> Any:
+        return kernels.decode_attention(q, k, v, lengths, alibi_slopes=slopes, key_norms=key_norms, **asked)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q.transpose(1, 2) @ k.transpose(2, 3) * d**-0.5 + bias
+        return (scores.float().softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+    def sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias).transpose(1, 2)
+
+    kept = float(ours(norms, return_kept=True)[1])
+    contenders = [Contender("ours", lambda: ours(norms), backward=False, executed=kept)]
+    contenders.append(Contender("ours, no skipping", lambda: ours(None), backward=False))
+    contenders.append(Contender("eager, as transformers", lambda: eager(q, k, v), backward=False))
+    contenders.append(Contender("SDPA with a bias", sdpa, backward=False))
+    if not args.no_compile:
+        built, attend = compiled(eager), compiled(flex_attention)
+
+        def score(scores: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return scores - slopes[head] * (keys - 1 - j)
+
+        def flexible() -> Any:
+            return attend(q.transpose(1, 2), k, v, score_mod=score).transpose(1, 2)
+
+        contenders.append(Contender("torch.compile", lambda: built(q, k, v), backward=False))
+        contenders.append(Contender("FlexAttention", flexible, backward=False))
+
+    def exact() -> Exact:
+        attend: Any = reference.decode_attention
+        expected = attend(q.double(), k.double(), v.double(), lengths, alibi_slopes=slopes)
+        return Exact(None, [(expected, lambda out: out)])
+
+    sizes = {"keys": keys, "d": d, "heads": h, "batch": b, "norm": norm, "alibi_bias_max": alibi_bias_max}
+    moved = (float(k.nbytes + v.nbytes), 0.0)
+    return Problem("decode_attention", sizes, [], contenders, moved=moved, exact=exact)
+
+
 def layer_norm(args: argparse.Namespace, tokens: int) -> Problem:
     d = args.d_model
     x, weight, bias = leaf(args, tokens, d), leaf(args, d), leaf(args, d)
@@ -486,14 +582,23 @@ def layer_norm(args: argparse.Namespace, tokens: int) -> Problem:
 
         contenders.append(Contender("Liger", lambda: liger_layer_norm(x, weight, bias, 1e-5)))
 
-    def exact() -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        expected: Any = reference.layer_norm(
-            x.detach()[:256].double(), weight.detach().double(), bias.detach().double()
-        )
-        return expected, lambda y: y[:256]
+    def exact() -> Exact:
+        return exact_at_first_rows(reference.layer_norm, [x, weight, bias], 256)
 
     moved = (2.0 * x.nbytes, 3.0 * x.nbytes)  # forward x, y; backward x, dy, dx
     return Problem("layer_norm", {"tokens": tokens, "d": d}, [x, weight, bias], contenders, moved=moved, exact=exact)
+
+
+def exact_at_first_rows(function: Callable[..., Any], tensors: list[Tensor], rows: int) -> Exact:
+    """Of an operation on rows: the first of them, with no gradient given to the others."""
+    first, *weights = (x.detach().double() for x in (tensors[0][:rows], *tensors[1:]))
+    leaves = [x.requires_grad_() for x in (first, *weights)]
+    out = function(*leaves)
+    gradient = torch.zeros_like(tensors[0])
+    gradient[:rows] = torch.randn_like(gradient[:rows])
+    grads = torch.autograd.grad(out, leaves, gradient[:rows].double())
+    found = [(x, lambda got: got[:rows]) for x in (out.detach(), grads[0])]
+    return Exact(gradient, [*found, *((x, lambda got: got) for x in grads[1:])])
 
 
 def mlp(args: argparse.Namespace, tokens: int) -> Problem:
@@ -509,9 +614,8 @@ def mlp(args: argparse.Namespace, tokens: int) -> Problem:
         built = compiled(plain)
         contenders.append(Contender("torch.compile", lambda: built(x, up, down)))
 
-    def exact() -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        expected = reference.mlp(x.detach()[:64].double(), up.detach().double(), down.detach().double())
-        return expected, lambda y: y[:64]
+    def exact() -> Exact:
+        return exact_at_first_rows(reference.mlp, [x, up, down], 64)
 
     flops = (16.0 * tokens * d * d, 32.0 * tokens * d * d)
     return Problem("mlp", {"tokens": tokens, "d": d}, [x, up, down], contenders, flops=flops, exact=exact)
@@ -536,11 +640,20 @@ def linear_cross_entropy(args: argparse.Namespace, tokens: int) -> Problem:
 
         contenders.append(Contender("Liger", lambda: liger_fused_linear_cross_entropy(hidden, weight, labels)))
 
-    def exact() -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def exact() -> Exact:
+        """The gradients at 64 tokens, and at 1024 of the vocabulary."""
         w64, total = weight.detach().double(), torch.zeros((), dtype=torch.float64, device=args.device)
+        dh, dw = torch.zeros_like(w64[:0]), torch.zeros_like(w64[:1024])
         for rows in torch.arange(tokens, device=args.device).split(1024):
-            total += F.cross_entropy(hidden.detach()[rows].double() @ w64.T, labels[rows], reduction="sum")
-        return total / tokens, lambda loss: loss
+            h64 = hidden.detach()[rows].double()
+            logits = h64 @ w64.T
+            total += F.cross_entropy(logits, labels[rows], reduction="sum")
+            d_logits = logits.softmax(-1) / tokens
+            d_logits[torch.arange(len(rows), device=args.device), labels[rows]] -= 1 / tokens
+            dw += d_logits[:, :1024].T @ h64
+            dh = dh if len(dh) else d_logits[:64] @ w64
+        grads = [(dh, lambda got: got[:64]), (dw, lambda got: got[:1024])]
+        return Exact(None, [(total / tokens, lambda loss: loss), *grads])
 
     flops = (2.0 * tokens * d * vocabulary, 4.0 * tokens * d * vocabulary)
     sizes = {"tokens": tokens, "d": d, "vocabulary": vocabulary}
@@ -552,7 +665,7 @@ def linear_cross_entropy(args: argparse.Namespace, tokens: int) -> Problem:
 
 
 def as_markdown(results: Sequence[Result], about: dict[str, Any]) -> str:
-    """A table for each problem. "executed" rates count what a contender does, the others the dense work."""
+    """A table for each problem."""
     out = []
     groups: dict[str, list[Result]] = {}
     for r in results:
@@ -560,8 +673,9 @@ def as_markdown(results: Sequence[Result], about: dict[str, Any]) -> str:
     for title, group in groups.items():
         by_flops = group[0].flops is not None
         unit, peak = ("TFLOP/s", "matmul_flops_per_s") if by_flops else ("GB/s", "copy_bytes_per_s")
-        heads = ["", "forward, ms", "backward, ms", "both, ms", f"{unit} forward", f"{unit} both", "executed"]
-        heads += [f"of {'a matmul' if by_flops else 'a copy'}, both", "memory, MiB", "error", "remarks"]
+        heads = ["", "forward, ms", "backward, ms", "both, ms", f"dense {unit}: forward", "backward", "both"]
+        heads += ["executed", f"{unit} executed", f"of {'a matmul' if by_flops else 'a copy'}"]
+        heads += ["memory, MiB", "error", "of gradients", "remarks"]
         out += [f"### {title}\n", row(heads), row(["---"] * len(heads))]
         out += [row(cells(r, about[peak], 1e12 if by_flops else 1e9)) for r in group]
         out.append("")
@@ -587,11 +701,13 @@ def cells(r: Result, peak: float, unit: float) -> list[str]:
     return [
         r.name,
         *(ms(w) for w in ("forward", "backward", "both")),
-        *("" if (x := r.rate(w, work)) is None else f"{x / unit:.3g}" for w in ("forward", "both")),
+        *("" if (x := r.rate(w, work)) is None else f"{x / unit:.3g}" for w in ("forward", "backward", "both")),
         shown(r.executed, ".0%"),
+        shown(None if executed is None else executed / unit, ".3g"),
         shown(None if executed is None else executed / peak, ".0%"),
         shown(r.memory_mib, ".0f"),
-        "" if r.bound else shown(r.error, ".1e"),
+        shown(r.error, ".1e"),
+        shown(r.gradient_error, ".1e"),
         "; ".join(filter(None, ["does less: no ALiBi" if r.bound else "", r.note])).replace("|", " "),
     ]
 

@@ -1,4 +1,6 @@
-"""Judge a finished run: it learned more than the tokens' frequencies, and transformers computes its export's logits."""
+"""Judge a finished run: it learned more than the tokens' frequencies, or than its base knew, and transformers computes
+its export's logits.
+"""
 
 import argparse
 import json
@@ -11,13 +13,23 @@ from trainer import InputError, load_config
 from trainer.data import unigram_entropy
 
 
-def learned(run: Path) -> tuple[float, float]:
-    """The run's validation loss, and the unigram entropy of the corpus that it trained on, in nats per token."""
-    dataset = load_config(run / "config.yaml").train_loader.dataset
-    if dataset.local is None:
+def learned(run: Path) -> tuple[float, float, str]:
+    """The run's validation loss, what it has to be under, in nats per token, and what that is.
+
+    Of token shards: the unigram entropy of the corpus. Of examples: the loss before the first step.
+    """
+    loader = load_config(run / "config.yaml").train_loader
+    loss = float(json.loads((run / "summary.json").read_text())["eval_loss"])
+    if loader.name == "finetuning":
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        base = next((row["eval_loss"] for row in rows if row["step"] == 0), None)
+        if base is None:
+            raise InputError(f"{run}: was not evaluated before its first step; give a run with eval_first=true")
+        return loss, float(base), "the base model's loss"
+    if loader.dataset.local is None:
         raise InputError(f"{run}: trained on a mix, which has no one unigram entropy; give a run on one data folder")
-    summary = json.loads((run / "summary.json").read_text())
-    return float(summary["eval_loss"]), unigram_entropy(dataset.local, dataset.split or "train")
+    entropy = unigram_entropy(loader.dataset.local, loader.dataset.split or "train")
+    return loss, entropy, "unigram entropy of the corpus"
 
 
 def largest_difference(export: Path, length: int) -> float:
@@ -38,7 +50,7 @@ def largest_difference(export: Path, length: int) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a finished run's folder, e.g. runs/mpt-tiny")
-    parser.add_argument("--margin", type=float, default=1.0, help="nats under the unigram entropy (default 1)")
+    parser.add_argument("--margin", type=float, default=1.0, help="nats under that (default 1)")
     parser.add_argument("--length", type=int, default=128, help="tokens to compare (default 128)")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default 1e-5)")
     args = parser.parse_args(argv)
@@ -47,15 +59,15 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {args.run} has no {name}; give the folder of a finished run", file=sys.stderr)
             return 2
     try:
-        loss, entropy = learned(args.run)
+        loss, bar, name = learned(args.run)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    below = entropy - loss
+    below = bar - loss
     verdict = "learned" if below >= args.margin else "DID NOT LEARN"
     print(
-        f"{args.run}: {verdict}: validation loss {loss:.4f} nats per token, unigram entropy of the corpus "
-        f"{entropy:.4f}: {below:.2f} under it ({args.margin:g} expected)"
+        f"{args.run}: {verdict}: validation loss {loss:.4f} nats per token, {name} {bar:.4f}: {below:.2f} under it "
+        f"({args.margin:g} expected)"
     )
     difference = largest_difference(args.run / "export", args.length)
     same = "equal" if difference <= args.tolerance else "DIFFERENT"

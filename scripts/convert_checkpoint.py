@@ -18,7 +18,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are)"
     )
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a folder's files (default: 5GB)")
+    parser.add_argument(
+        "--max-shard-size", type=lambda size: int(size) if size.isdecimal() else size, default="5GB", metavar="SIZE",
+        help="of a folder's files: bytes, or such as 500MiB (default: 5GB)",
+    )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of a model on the hub (default: its main branch)")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer files to put in (default: the checkpoint's)")
     parser.add_argument(

@@ -174,7 +174,6 @@ def _on_shards(
             model, data, world, batch_size=batch_size, sequences=sequences,
             token_bytes=token_bytes(data, model.config.vocab_size), advance=progress.advance,
         )  # fmt: skip
-    assert found is not None
     shards = data.sources[0].shards
     results = {
         "folder": str(shards.manifest.folder),

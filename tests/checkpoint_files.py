@@ -1,5 +1,6 @@
 """Checkpoints as their makers write them, of tiny widths: MPT-7B's on the hub, Composer's, mosaic_gpt's."""
 
+import collections
 import datetime
 import json
 import random
@@ -173,7 +174,7 @@ def write_composer(folder: Path, trained: MptForCausalLM, config: dict[str, Any]
     group = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "initial_lr": 1e-4, "params": list(weights)}
     sys.modules.update({name: types.ModuleType(name) for name in FOREIGN_MODULES})
     metric, clock = _foreign("torchmetrics.aggregation", "MeanMetric"), _foreign("composer.core.time", "TimeUnit")
-    metric.mean_value, metric._modules = torch.ones(()), {}
+    metric.mean_value, metric.loss_fn, metric.reduce = torch.ones(()), torch.nn.CrossEntropyLoss(), torch.sum
     try:
         torch.save(
             {
@@ -183,6 +184,8 @@ def write_composer(folder: Path, trained: MptForCausalLM, config: dict[str, Any]
                     "schedulers": {"LambdaLR": {"last_epoch": 4, "_last_lr": [1e-4]}},
                     "timestamp": {"Timestamp": {"batch": 4, "total_wct": datetime.timedelta(seconds=9), "unit": clock}},
                     "train_metrics": {"LanguageCrossEntropy": metric},
+                    "callbacks": {"SpeedMonitor": {"history": collections.deque([1.0, 2.0], maxlen=5)}},
+                    "dataset_state": collections.defaultdict(dict, train={"epoch": 1}),
                     "run_name": "llm",
                     "integrations": {
                         "huggingface": {

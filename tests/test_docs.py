@@ -11,6 +11,7 @@ import pytest
 import train
 from mpt.config import MptAttentionConfig, MptConfig, MptInitConfig
 from scripts import convert_checkpoint, prepare_data
+from trainer import pretrained
 from trainer.config import TrainConfig, load_config
 from trainer.loggers import EVAL_COLUMNS, TRAIN_COLUMNS
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 CHECKPOINTS = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+FINETUNING = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 DOCUMENTED_ONCE = "eval_loader"  # its section is train_loader's
 
@@ -87,7 +89,7 @@ def test_every_option_is_mentioned(program, page, capsys):
 
 def commands():
     """(program, arguments) of every train.py, prepare_data.py and convert_checkpoint.py in the pages' code blocks."""
-    for page in (TRAINING, CHECKPOINTS, (ROOT / "README.md").read_text(encoding="utf-8")):
+    for page in (TRAINING, FINETUNING, CHECKPOINTS, (ROOT / "README.md").read_text(encoding="utf-8")):
         for block in re.findall(r"^```\n(.*?)^```", page, re.M | re.S):
             for line in block.splitlines():
                 words = shlex.split(line) if line.startswith(("python ", "torchrun ")) else []
@@ -99,6 +101,7 @@ def commands():
 @pytest.mark.parametrize(("program", "arguments"), commands())
 def test_every_command_in_the_guides_is_understood(program, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pretrained, "configuration", lambda name: MptConfig())
     if program == "train.py":
         parsed = train.parse_arguments(arguments)
         load_config(parsed.recipe, parsed.overrides)

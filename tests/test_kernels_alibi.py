@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.alibi import GRAIN, Rules, first_kept
+from kernels.alibi import GRAIN, Rules, block_norms, first_kept
 
 CAUSAL = Rules(True, None, 0, None, None, None)
 
@@ -183,3 +183,21 @@ def test_an_offset_gives_the_rows_of_the_whole(offset: int):
     p = weights(q, k, slopes, torch.ones(600, 600, dtype=torch.bool).tril())[:, offset:]
     assert (p * rows).sum(-1).max() <= 2.0**-24
     assert start.max() > 0
+
+
+@pytest.mark.parametrize("kind", ["random", "one huge far key", "growing keys", "shrinking keys", "at the limit"])
+def test_a_part_of_the_keys_and_norms_of_all_are_enough(kind: str):
+    """Blocks of queries that know the keys at their own positions, and of the others only norms, in any order."""
+    q, k, slopes = inputs(kind, 4, 700, 32)
+    order = torch.randperm(700)
+    norms = block_norms(k[:, order], order, 700)
+    torch.testing.assert_close(norms[:, 2], k[:, 128:192].norm(dim=-1).amax(1))
+    p = weights(q, k, slopes, torch.ones(700, 700, dtype=torch.bool).tril())
+    for first, last in ((0, 90), (90, 290), (290, 700)):
+        part = slice(first, last)
+        given = {"chunk": last - first, "bits": 24, "position": first, "norms": norms}
+        start = first_kept(q[:, :, part], k[:, part], slopes, CAUSAL, **given)
+        assert start.shape == (4, 1, 1) and (start % GRAIN == 0).all() and (start <= first).all()
+        assert (p[:, part] * (torch.arange(700) < start)).sum(-1).max() <= 2.0**-24
+        if kind == "random" and first == 290:
+            assert start.max() > 100

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from kernels import backend
@@ -129,3 +130,22 @@ def test_no_warning_without_one():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kernels._warn_of_namesake()
+
+
+def test_eager():
+    """The operators' boundary is left out only where nobody needs it."""
+    x, seen = torch.ones(3), []
+
+    def look(y):
+        seen.append(backend.eager(y))
+        return y + 1
+
+    assert not backend.eager(x)
+    with torch.no_grad():
+        assert backend.eager(x)
+        assert not backend.eager(torch.nn.Parameter(x))
+        with FakeTensorMode() as mode:
+            assert not backend.eager(torch.ones(3))
+        assert not backend.eager(mode.from_tensor(x))
+        torch.compile(look, backend="eager", fullgraph=False)(x)
+    assert seen[-1] is False

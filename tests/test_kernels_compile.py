@@ -327,6 +327,13 @@ def test_what_the_script_says(report, rows):
     assert "sm_90 attend spills: 2" in done.stderr
 
 
+def test_a_broken_promise_fails_without_being_asked_for():
+    """The limits of the others are looked at with --check only."""
+    assert run(REPORT, "--arch", "sm_90", "--op", "sum").returncode == 0
+    done = run(REPORT, "--arch", "sm_90", "--op", "attend")
+    assert done.returncode == 1 and "spills and must not" in done.stderr
+
+
 def test_script_on_an_operation_that_is_not_there():
     done = run(REPORT, "--arch", "sm_90", "--op", "atend")
     assert done.returncode == 2

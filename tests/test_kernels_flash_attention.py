@@ -6,6 +6,7 @@ import math
 from functools import partial
 
 import pytest
+import skipping
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,14 +81,14 @@ def masks(b: int, t: int) -> dict[str, Tensor]:
         "nothing": torch.zeros(b, t),
         "documents": torch.randint(0, 40, (b, t)).eq(0).cumsum(1),
         "padded documents": torch.where(at < lengths, torch.randint(0, 30, (b, t)).eq(0).cumsum(1), -1),
-        "any ids": torch.randint(-1, 3, (b, t)),
+        "ids with gaps": torch.where(torch.rand(b, t) < 0.2, -1, torch.randint(-9, 4, (b, t)).clamp(min=0).cumsum(1)),
         "prefix": at < lengths // 2,
         "any prefix": torch.rand(b, t) > 0.7,
     }
 
 
 ATTENTION = [None, "right padding", "left padding", "holes", "nothing"]
-IDS = [None, "documents", "padded documents", "any ids"]
+IDS = [None, "documents", "padded documents", "ids with gaps"]
 PREFIX = [None, "prefix", "any prefix"]
 
 
@@ -227,6 +228,20 @@ def test_skipping_changes_out_by_at_most_two_to_the_minus_23_of_v():
     exact = reference.flash_attention(*(t.double() for t in low), alibi_slopes=slopes)
     plain = (without.double() - exact).abs().max()
     assert (with_skip.double() - exact).abs().max() <= plain + 2.0**-23 * v.abs().max()
+
+
+@pytest.mark.parametrize("kind", skipping.ADVERSARIES)
+def test_what_is_skipped_does_not_matter(kind: str):
+    slopes = torch.tensor([1.0, 0.25])
+    inputs = skipping.adversary(kind, 600, 16, slopes)
+    skipping.hold(kernels.flash_attention, inputs, slopes, triton=False, skips=kind in skipping.SKIPPED)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_is_skipped_of_a_trained_model_does_not_matter(layer: int):
+    layers, slopes = skipping.trained()
+    skipping.hold(kernels.flash_attention, layers[layer], slopes, triton=False, skips=True)
+    assert kept(*layers[layer], alibi_slopes=slopes) < 0.9
 
 
 def test_the_backward_takes_the_forwards_pairs():
@@ -422,3 +437,33 @@ def test_bad_arguments():
         attend(q.long(), k.long(), v.long())
     with pytest.raises(TypeError, match=r"q is list"):
         attend([1], k, v)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+def test_sequence_ids_that_decrease(backend: str, dtype: torch.dtype):
+    q, k, v = qkv(2, 10, 4, 16, 2)
+    if backend == "triton" and q.is_cuda:
+        pytest.skip("the Triton path does not wait for ids on a GPU")
+    attend = partial(kernels.flash_attention, q, k, v, backend=backend)
+    ids = torch.tensor([[0, 0, 0, 4, 4, 9, 9, 9, 9, 9], [0, -1, 1, 1, -1, 5, -1, -1, 5, 4]], dtype=dtype)
+    with pytest.raises(
+        ValueError, match=r"sequence_id\[1, 9\] is 4 and comes after 5; the ids of a row must not decrease"
+    ):
+        attend(sequence_id=ids)
+    with pytest.raises(ValueError, match=r"sequence_id\[1, 9\] is 4"):
+        attend(sequence_id=ids, attention_mask=torch.ones(2, 10, dtype=torch.long))
+    hidden = torch.ones(2, 10).bool()
+    hidden[1, 9] = False
+    assert attend(sequence_id=ids, attention_mask=hidden).isfinite().all()
+    ids[1, 9] = 5
+    assert attend(sequence_id=ids).isfinite().all()
+
+
+def test_sequence_ids_that_decrease_in_a_compiled_graph():
+    torch._dynamo.reset()
+    q, k, v = qkv(1, 10, 2, 8)
+    compiled = torch.compile(kernels.flash_attention, backend="eager", fullgraph=True)
+    compiled(q, k, v, sequence_id=torch.arange(10)[None], backend="torch")
+    with pytest.raises(ValueError, match=r"sequence_id\[0, 1\] is 8"):
+        compiled(q, k, v, sequence_id=torch.arange(9, -1, -1)[None], backend="torch")

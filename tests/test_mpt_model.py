@@ -11,6 +11,7 @@ from transformers import MptForCausalLM as TheirModel
 import kernels
 from mpt import MptCache, MptConfig, MptForCausalLM, MptModel
 from mpt.config import parameter_shapes
+from mpt.model import MptLinear
 
 SHAPE = {"d_model": 64, "n_heads": 4, "n_layers": 3, "vocab_size": 97, "max_seq_len": 40}
 S = 33
@@ -309,6 +310,19 @@ def test_fsdp_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen and set(seen) == {(torch.bfloat16, torch.float32)}
     assert relative(loss, plain) < 0.01
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_without_gradients(bias: bool) -> None:
+    """Another product than torch's serves there, for few rows and many; the numbers are the same."""
+    layer = MptLinear(768, 640, bias=bias)
+    for shape in ((1, 1, 768), (4, 1, 768), (2, 3, 768), (2, 20, 768), (5, 768), (0, 768)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            out = layer(x)
+        plain = layer(x)
+        assert out.shape == plain.shape and out.is_contiguous() and plain.requires_grad and not out.requires_grad
+        assert out.numel() == 0 or relative(out, plain) < 1e-5
 
 
 def test_tied_head() -> None:

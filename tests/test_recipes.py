@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mpt.config import count_parameters
-from trainer.config import load_config, validate
+from trainer.config import build_model_config, load_config, validate
 from trainer.plan import plan
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +25,14 @@ PRETRAINING = {
     "mpt-30b": (7168, 64, 48, 50432, 1e-4, 2048, 143100, 128),
     "mpt-70b": (8192, 64, 80, 50368, 8e-5, 2048, 333800, 256),
 }
+# base, learning rate, betas, global batch, length, duration, packing, processes
+FINETUNES = {
+    "mpt-7b-instruct": ("mpt-7b", 5e-6, (0.9, 0.999), 48, 2048, "2ep", False, 8),
+    "mpt-7b-chat": ("mpt-7b", 5e-6, (0.9, 0.999), 48, 2048, "2ep", True, 8),
+    "mpt-30b-instruct": ("mpt-30b", 9.65e-6, (0.9, 0.95), 72, 8192, "8ep", True, 72),
+    "mpt-tiny-instruct": ("mpt-tiny", 1e-3, (0.9, 0.95), 4, 512, "1ep", True, 2),
+    "mpt-tiny-chat": ("mpt-tiny", 1e-3, (0.9, 0.95), 4, 512, "1ep", True, 2),
+}
 PUBLISHED_PARAMETERS = {"mpt-7b": 6_649_286_656, "mpt-30b": 29_957_200_896}
 
 
@@ -35,29 +43,41 @@ def _at_the_root(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the same numbers on every machine
 
 
-def load(name):
-    return load_config(f"yaml/{name}.yaml")
+@pytest.fixture
+def load(tmp_path):
+    """Loads a recipe; a fine-tune's base is a folder with the base recipe's configuration."""
+
+    def load(name, *overrides):
+        if name in FINETUNES:
+            build_model_config(load_config(f"yaml/{FINETUNES[name][0]}.yaml")).save_pretrained(tmp_path)
+            overrides = (f"model.pretrained={tmp_path}", *overrides)
+        return load_config(f"yaml/{name}.yaml", overrides)
+
+    return load
 
 
 def test_the_recipes_are_all_here():
-    assert {"mpt-tiny", *PRETRAINING} <= set(RECIPES)
+    assert {"mpt-tiny", *PRETRAINING, *FINETUNES} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_loads_and_adds_up(name):
+def test_every_recipe_loads_and_adds_up(name, load):
     config = load(name)
     assert config.run_name == name
-    world = PRETRAINING.get(name, [2])[-1]
+    world = {**PRETRAINING, **FINETUNES}.get(name, [2])[-1]
+    if name in FINETUNES:  # epochs, which need the data
+        config = load(name, "max_duration=1000ba", "eval_interval=100ba", "save_interval=100ba")
     resolved = validate(config, world, open_data=False)
     assert resolved.micro_batch * resolved.accumulation * world == config.global_train_batch_size
     assert resolved.warmup_steps < resolved.steps
     numbers = plan(config, resolved, world)
     assert numbers.parameters == count_parameters(resolved.model_config)
-    assert not numbers.notes and f"{numbers.parameters:,}" in str(numbers)
+    assert [note.split(":")[0] for note in numbers.notes] == ["dataset.packing"] * config.train_loader.dataset.packing
+    assert f"{numbers.parameters:,}" in str(numbers)
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_published_values(name):
+def test_published_values(name, load):
     d, heads, layers, vocab, lr, batch, steps, _ = PRETRAINING[name]
     config = load(name)
     resolved = validate(config, 1, open_data=False)
@@ -75,17 +95,34 @@ def test_published_values(name):
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_parameters_equal_the_formula(name):
+def test_parameters_equal_the_formula(name, load):
     d, _, layers, vocab, *_ = PRETRAINING[name]
     expected = vocab * d + layers * (3 * d * d + d * d + 2 * d * 4 * d + 2 * d) + d
     assert count_parameters(validate(load(name), 1, open_data=False).model_config) == expected
     assert PUBLISHED_PARAMETERS.get(name, expected) == expected
 
 
-@pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b"])
+@pytest.mark.parametrize("name", FINETUNES)
+def test_values_of_the_fine_tunes(name, load):
+    base, lr, betas, batch, length, duration, packing, _ = FINETUNES[name]
+    config = load(name)
+    assert config.model["d_model"] == load_config(f"yaml/{base}.yaml").model["d_model"]
+    optimizer, scheduler = config.optimizer, config.scheduler
+    assert (optimizer.name, optimizer.lr, optimizer.betas) == ("decoupled_adamw", lr, betas)
+    assert (optimizer.eps, optimizer.weight_decay, config.gradient_clip_norm) == (1e-8, 0.0, 1.0)
+    assert (scheduler.name, scheduler.alpha_f) == ("linear_decay_with_warmup", 0.0)
+    assert scheduler.t_warmup == ("10ba" if "tiny" in name else "50ba")
+    assert (config.global_train_batch_size, config.max_seq_len, config.max_duration) == (batch, length, duration)
+    dataset, held_out = config.train_loader.dataset, config.eval_loader.dataset
+    assert (dataset.packing, dataset.template) == (packing, held_out.template)
+    assert (dataset.hf_name, dataset.local) == (held_out.hf_name, held_out.local)
+    assert dataset.split != held_out.split and config.eval_first
+
+
+@pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b", "mpt-7b-chat", "mpt-30b-instruct"])
 def test_what_was_not_published_is_said_so(name):
     comment = (ROOT / "yaml" / f"{name}.yaml").read_text().split("run_name:")[0]
-    assert re.search(r"Not published", comment) and "not what MosaicML ran" in comment
+    assert re.search(r"Not published", comment) and ("not what MosaicML ran" in comment or "so ours" in comment)
 
 
 def test_the_folder_is_no_package():

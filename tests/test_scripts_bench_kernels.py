@@ -52,12 +52,34 @@ def test_a_run(monkeypatch, tmp_path, capsys):
     assert {r["op"] for r in results} == set(bench_kernels.OPERATIONS)
     assert {r["sizes"]["form"] for r in results if r["op"] == "attention"} == {"causal", "documents", "padded"}
     for r in results:
-        assert len(r["seconds"]["forward"]) == len(r["seconds"]["both"]) == 1, r
-        assert r["bound"] == (r["error"] is None)
-        assert r["bound"] or r["error"] < (0.05 if saved["dtype"] == "bf16" else 1e-4), r
+        backward = r["op"] != "decode_attention"
+        assert {which: len(seconds) for which, seconds in r["seconds"].items()} == dict.fromkeys(
+            ["forward", "both"] if backward else ["forward"], 1
+        ), r
+        assert r["bound"] == (r["error"] is None) and (r["bound"] or not backward) == (r["gradient_error"] is None)
+        for error in (r["error"], r["gradient_error"]):
+            assert error is None or error < (0.05 if saved["dtype"] == "bf16" else 1e-4), r
     assert "SDPA with a bias" in capsys.readouterr().out
     assert "### attention: s 96" in (tmp_path / "kernels.md").read_text()
     assert not list(tmp_path.glob("*.png"))  # one length is no curve
+
+
+def test_attention_is_varied_one_thing_at_a_time(monkeypatch):
+    def cases(options: str) -> list[dict]:
+        monkeypatch.setattr(sys, "argv", ["bench_kernels.py", *options.split()])
+        return bench_kernels.cases(bench_kernels.parse_args())
+
+    usual = {"form": "causal", "norm": 25.0, "alibi_bias_max": 8.0}
+    assert cases("") == [
+        usual,
+        usual | {"form": "documents"},
+        usual | {"form": "padded"},
+        usual | {"norm": 11.0},
+        usual | {"norm": 45.0},
+        usual | {"alibi_bias_max": 16.0},
+    ]
+    assert cases("--norm 8 11") == [usual | {"norm": 8.0}, usual | {"norm": 11.0}]
+    assert len(cases("--norm 8 11 --form causal padded --alibi-bias-max 8 16")) == 8
 
 
 def test_plot(tmp_path):

@@ -51,12 +51,13 @@ def write(folder: Path, kind: str) -> tuple[Path, MptForCausalLM]:
 @pytest.mark.parametrize("kind", ["safetensors shards", "bin", "composer", "mosaic_gpt", "run"])
 def test_to_a_folder_and_to_composer_and_back(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     source, wanted = write(tmp_path / "from", kind)
-    assert main([str(source), str(tmp_path / "hf"), "--max-shard-size", "100KB"]) == 0
+    assert main([str(source), str(tmp_path / "hf"), "--max-shard-size", "100000"]) == 0
     out = capsys.readouterr()
     assert "logits before and after differ by 0.0e+00" in out.out
     assert f"{wanted.num_parameters():,} parameters in {str(wanted.transformer.wte.weight.dtype)[6:]}" in out.out
     loaded = MptForCausalLM.from_pretrained(tmp_path / "hf")
     assert same(loaded, wanted) and loaded.config == wanted.config
+    assert "auto_map" not in json.loads((tmp_path / "hf" / "config.json").read_text())
     files = sorted(tmp_path.glob("hf/*.safetensors"))
     assert len(files) > 1
     stored = {name: tuple(t.shape) for file in files for name, t in load_file(file).items()}
@@ -152,6 +153,14 @@ def test_refused(tmp_path: Path, change, to: str, message: str, capsys: pytest.C
     assert error.startswith("error: ") and message in error
     assert {path.name for path in tmp_path.iterdir()} <= {"from", "notes"}
     assert (tmp_path / "notes" / "a.pt").read_text() == "years of work"
+
+
+def test_a_size_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, _ = write(tmp_path / "from", "bin")
+    for size in ("0", "5 apples"):
+        assert main([str(source), str(tmp_path / "a"), "--max-shard-size", size]) == 2
+        assert "max_shard_size is" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_full_disk_is_seen_before(

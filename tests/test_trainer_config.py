@@ -231,7 +231,11 @@ def assert_matches(text, pattern):
         ("run_name: small", "run_name: !!bool abc", r"recipe.yaml:1: 'abc' is no bool"),
         ("run_name: small", "run_name: !!timestamp abc", r"recipe.yaml:1: 'abc' is no timestamp"),
         ("run_name: small", "run_name: !!timestamp 2020-99-99", r"recipe.yaml:1: '2020-99-99' is no timestamp"),
-        ("eval_loader:\n", "eval_loader:\n  name: finetuning\n", r"eval_loader.name: expected only 'text', got"),
+        (
+            "eval_loader:\n",
+            "eval_loader:\n  name: denoising\n",
+            r"eval_loader.name: expected one of text, finetuning, got",
+        ),
         ("run_name: small", "run_name: [", r"recipe.yaml:\d+: not valid YAML"),
         ("run_name: small", "? [a, b]\n: c", r"recipe.yaml:1: a key has to be one word"),
         (

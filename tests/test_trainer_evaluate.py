@@ -79,20 +79,19 @@ def test_mean_loss(variant: str, data: Path, world: World) -> None:
             for batch in (1, 4, 7)
         ]
         for one in found:
-            assert one is not None and one.tokens == len(predicted)
+            assert one.tokens == len(predicted)
             assert one.loss == pytest.approx(loss, rel=1e-6) and one.perplexity == pytest.approx(math.exp(loss), 1e-5)
             assert one.text_bytes == sizes[predicted].sum()
             bits = loss * len(predicted) / math.log(2)
             assert one.bits_per_byte == pytest.approx(bits / sizes[predicted].sum(), rel=1e-6)
 
 
-def test_stopped(data: Path, world: World) -> None:
+def test_advance(data: Path, world: World) -> None:
+    """Told of what counts only."""
     model = MptForCausalLM(MptConfig(**SHAPE)).eval()
     told: list[tuple[int, int]] = []
-    shards = open_shards(data, model.config, None)
-    assert mean_loss(model, shards, world, batch_size=2, stopped=lambda: len(told) == 1,
-                     advance=lambda *n: told.append(n)) is None  # fmt: skip
-    assert told == [(2, 30)]
+    mean_loss(model, open_shards(data, model.config, None), world, batch_size=5, advance=lambda *n: told.append(n))
+    assert told == [(5, 75), (3, 45)]
 
 
 def with_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from mpt import MptConfig
 from trainer.config import load_config, validate
 from trainer.errors import InputError
 
@@ -178,7 +179,7 @@ def test_a_pretraining_yaml_loads_as_it_is(load, text, capsys):
     variables = ["data_local", "data_remote", "global_seed"] if text is OLD else []
     expected = {
         "model.loss_fn", "tokenizer.kwargs.model_max_length", "fsdp_config.activation_checkpointing_reentrant",
-        "fsdp_config.limit_all_gathers", "loggers.wandb.log_artifacts", "eval_first", "log_to_console",
+        "fsdp_config.limit_all_gathers", "loggers.wandb.log_artifacts", "log_to_console",
         "callbacks.speed_monitor", "callbacks.lr_monitor", *variables,
     }  # fmt: skip
     assert set(notice.strip().split("ignored: ")[1].split(", ")) == expected
@@ -254,6 +255,7 @@ def test_overrides_in_either_language(load, argument, read, expected):
         ("    shuffle: true\n", "", lambda c: c.train_loader.dataset.shuffle, False),
         ("./{run_name}/checkpoints", "/scratch/{run_name}", lambda c: c.save_folder, "/scratch/llm"),
         ("run_name:\n", "run_name: theirs\n", lambda c: c.run_name, "theirs"),
+        ("eval_first: false", "eval_first: true", lambda c: c.eval_first, True),
         ("microbatch_size: 16", "microbatch_size: auto", lambda c: c.device_train_microbatch_size, "auto"),
     ],
 )
@@ -299,7 +301,11 @@ def test_one_stream_is_a_folder(load):
             "data_remote: s3://bucket/c4",
             r"theirs.yaml:33: train_loader.dataset.remote: s3://bucket/c4: data is not fetched",
         ),
-        ("name: text", "name: finetuning", r"train_loader.name: 'finetuning' is not a pretraining loader"),
+        (
+            "name: text",
+            "name: denoising",
+            r"train_loader.name: 'denoising' is not supported; expected text or finetuning",
+        ),
         ("mpt_causal_lm", "hf_causal_lm", r"theirs.yaml:12: model: name is 'hf_causal_lm'"),
         ("    attn_impl: flash", "    rope: true", r"attn_config.rope is True"),
         ("  d_model: 768", "  d_modle: 768", r"unknown key d_modle.*d_model"),
@@ -386,3 +392,122 @@ def test_streams_that_are_none(load, streams, message):
     place = "    local: ${variables.data_local}\n    remote: ${variables.data_remote}\n    split: train\n"
     with pytest.raises(InputError, match=message):
         load((place, f"    streams: {streams}\n"))
+
+
+# A finetuning YAML, in the same published form.
+FINETUNING = """\
+max_seq_len: 2048
+global_seed: 17
+run_name: dolly
+
+model:
+  name: hf_causal_lm
+  init_device: mixed
+  pretrained_model_name_or_path: BASE
+  pretrained: true
+  use_auth_token: false
+  config_overrides:
+    max_seq_len: ${max_seq_len}
+    resid_pdrop: 0.1
+    attn_config:
+      attn_impl: triton
+      clip_qkv: 6
+
+tokenizer:
+  name: EleutherAI/gpt-neox-20b
+  kwargs:
+    model_max_length: ${max_seq_len}
+
+train_loader:
+  name: finetuning
+  dataset:
+    hf_name: mosaicml/dolly_hhrlhf
+    split: train
+    max_seq_len: ${max_seq_len}
+    allow_pad_trimming: false
+    decoder_only_format: true
+    packing_ratio: 9
+    shuffle: true
+  drop_last: true
+  num_workers: 8
+
+eval_loader:
+  name: finetuning
+  dataset:
+    hf_name: mosaicml/dolly_hhrlhf
+    split: test
+    max_seq_len: ${max_seq_len}
+    decoder_only_format: true
+    shuffle: false
+
+scheduler:
+  name: linear_decay_with_warmup
+  t_warmup: 50ba
+  alpha_f: 0
+
+optimizer:
+  name: decoupled_adamw
+  lr: 5.0e-6
+  betas: [0.9, 0.999]
+  eps: 1.0e-8
+  weight_decay: 0
+
+max_duration: 2ep
+eval_interval: 1ep
+eval_first: true
+global_train_batch_size: 48
+device_train_microbatch_size: 4
+precision: amp_bf16
+"""
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "base").mkdir()
+    MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=50432).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_finetuning_yaml_loads_as_it_is(load, base, capsys):
+    config = load(("BASE", str(base)), text=FINETUNING)
+    assert config.load_path == str(base) and config.max_seq_len == 2048 and config.eval_first is True
+    model = config.model
+    assert (model["d_model"], model["resid_pdrop"], model["attn_config"]["clip_qkv"]) == (64, 0.1, 6)
+    assert model["attn_config"]["alibi"] is True  # the base's, not llm-foundry's default
+    train, held_out = config.train_loader.dataset, config.eval_loader.dataset
+    assert (train.hf_name, train.split, train.shuffle) == ("mosaicml/dolly_hhrlhf", "train", True)
+    assert (train.packing, train.too_long, held_out.packing) == (True, "cut", False)
+    assert config.scheduler.name == "linear_decay_with_warmup" and config.optimizer.betas == (0.9, 0.999)
+    ignored = set(capsys.readouterr().err.strip().split("ignored: ")[1].split(", "))
+    assert ignored == {
+        "model.init_device", "model.use_auth_token", "tokenizer.kwargs.model_max_length", "global_seed",
+        "train_loader.dataset.allow_pad_trimming",
+    }  # fmt: skip
+
+
+def test_a_local_data_set_under_hf_name(load, base, tmp_path):
+    (tmp_path / "examples").mkdir()
+    dataset = load(
+        ("BASE", str(base)), ("mosaicml/dolly_hhrlhf", str(tmp_path / "examples")), text=FINETUNING
+    ).train_loader.dataset
+    assert (dataset.local, dataset.hf_name, dataset.split) == (str(tmp_path / "examples"), None, "train")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("decoder_only_format: true", "decoder_only_format: false", "decoder_only_format: False is not supported"),
+        ("    packing_ratio: 9", "    preprocessing_fn: a:b", "preprocessing_fn: 'a:b' is not supported"),
+        (
+            "    packing_ratio: 9",
+            "    target_responses: last",
+            "target_responses: 'last' is not supported; expected all",
+        ),
+        ("  pretrained: true", "  pretrained: false", "model.pretrained: False is not supported"),
+        ("BASE", "nowhere/at/all", "theirs.yaml:8: model.pretrained=nowhere/at/all: .* does not exist"),
+    ],
+)
+def test_finetuning_that_would_mean_something_else_is_refused(load, base, old, new, message):
+    changes = [(old, new)] if old == "BASE" else [("BASE", str(base)), (old, new)]
+    with pytest.raises(InputError, match=message):
+        load(*changes, text=FINETUNING)

@@ -40,8 +40,9 @@ def train_row(step, **values):
     return {**row, "step": step, "tokens": step * 1024, "loss": 8.0 - step * 0.1, "mfu": None, **values}
 
 
-def eval_row(step, loss=5.0):
-    return {"step": step, "tokens": step * 1024, "eval_loss": loss, "eval_perplexity": math.exp(loss)}
+def eval_row(step, loss=5.0, accuracy=None):
+    row = {"step": step, "tokens": step * 1024, "eval_loss": loss, "eval_perplexity": math.exp(loss)}
+    return {**row, "eval_token_accuracy": accuracy}
 
 
 def open_loggers(
@@ -78,7 +79,8 @@ def test_rows_are_in_the_file_at_once_with_the_agreed_columns(tmp_path):
     first, second = rows_in(tmp_path)
     columns = "step tokens epoch loss lr grad_norm tokens_per_s tokens_per_s_device mfu memory_gib"
     assert " ".join(first) == columns + " " + " ".join(f"time_{part}_s" for part in PARTS)
-    assert list(second) == ["step", "tokens", "eval_loss", "eval_perplexity"] == list(EVAL_COLUMNS)
+    columns = ["step", "tokens", "eval_loss", "eval_perplexity", "eval_token_accuracy"]
+    assert list(second) == columns == list(EVAL_COLUMNS)
     assert first["loss"] == 7.9 and first["mfu"] is None and first["step"] == 1
     log.close({})
 

@@ -553,10 +553,10 @@ def test_a_stop_that_cannot_save_says_so(recipe: Path, tmp_path: Path, monkeypat
 
 
 def test_a_subset_evaluates_the_same_sequences_on_any_number_of_ranks(data: Path, recipe: Path) -> None:
-    from trainer.config import open_run_data, validate
+    from trainer.config import validate
 
-    config = load_config(recipe)
-    batches = open_run_data(config, validate(config, 1).model_config, None, training=False)
+    batches = validate(load_config(recipe), 1).eval_data
+    assert batches is not None
     whole = batches.batch(0, range(8))
     for world in (1, 2, 3):
         read = [list(batches.eval_batches(rank, world, 2, sequences=5)) for rank in range(world)]

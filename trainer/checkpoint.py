@@ -340,16 +340,21 @@ def load_weights(path: Path | str, model: nn.Module) -> None:
     """Load parameters and buffers, not optimizer state or counters, in place; each rank reads only its part.
 
     path: a `step-N` folder, a run's folder (its latest checkpoint), or what else mpt.checkpoint.open_checkpoint takes:
-    a Hugging Face directory, a name on the hub, a Composer file. Collective.
+    a Hugging Face directory, a name on the hub, a Composer file. What its configuration says differently is not
+    warned of: validate notes it. Collective.
     Raises InputError if there is none, if it is damaged, or, with a table, if names or shapes are not the model's.
     """
     local = _agree(None, lambda: _as_input_error(hub.local_path, path))[_place()[0]]
     if not is_own(local):
-        _agree(None, lambda: _as_input_error(mpt.checkpoint.load_weights, model, local))
+        _agree(None, lambda: _as_input_error(_fill, model, local))
         return
     found = find(local)
     _, index = _verified(found, None)
     read(found, index, model, None, None)
+
+
+def _fill(model: nn.Module, path: Path) -> None:
+    mpt.checkpoint.fill(model, mpt.checkpoint.match(model, mpt.checkpoint.open_checkpoint(path, check_hashes=True)))
 
 
 def describe(path: Path | str) -> dict[str, Shape]:

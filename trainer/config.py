@@ -1,5 +1,6 @@
 """The configuration of a run: TrainConfig, reading it from YAML, and the checks that need more than one field."""
 
+import copy
 import difflib
 import math
 import os
@@ -16,17 +17,27 @@ import torch
 from kernels import backend
 from mpt import MptConfig
 from mpt.config import parameter_shapes
-from mpt.hub import is_hub_name
-from trainer import foundry, yamlfile
+from mpt.hub import is_hub_name, local_path
+from trainer import foundry, pretrained, samples, yamlfile
 from trainer.checkpoint import compare_shapes, describe
-from trainer.data import LoaderConfig, TokenBatches, file_sha256, find_tokenizer, open_loader, read_manifest
-from trainer.data.tokenizer import open_tokenizer
+from trainer.data import (
+    ExampleBatches,
+    LoaderConfig,
+    TokenBatches,
+    file_sha256,
+    find_tokenizer,
+    open_examples,
+    open_loader,
+    read_manifest,
+)
+from trainer.data.examples import Encoder
+from trainer.data.tokenizer import TOKENIZER, open_tokenizer
 from trainer.duration import Duration, parse
 from trainer.errors import InputError
 from trainer.loggers import LoggersConfig
 from trainer.metrics import ProfileConfig
 from trainer.optim import OptimizerConfig, SchedulerConfig
-from trainer.parallel import FsdpConfig
+from trainer.parallel import FsdpConfig, check_sizes
 from trainer.plan import choose_micro_batch, divisors
 
 RECIPES = Path(__file__).resolve().parent.parent / "yaml"
@@ -39,10 +50,11 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|dbfs:", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer that the shards were made with.
+    """The tokenizer that the shards were made with, or that examples are tokenised with.
 
-    name: a tokenizer.json, a folder with one, or a Hugging Face hub name; null: the copy beside the training shards.
-        A local one, or a hub one that is in the local cache, has to match the shards.
+    name: a tokenizer.json, a folder with one, or a Hugging Face hub name; null: the copy beside the training shards, or
+        with examples the one in load_path. For shards, a local one, or a hub one that is in the local cache, has to
+        match them.
     kwargs: llm-foundry's; only model_max_length is known, and it has to equal max_seq_len.
     """
 
@@ -63,12 +75,17 @@ class TrainConfig:
     precision: of the computation; weights, gradients' sums and optimizer state are fp32 in both.
     global_train_batch_size: sequences per optimizer step, over all ranks and micro-batches.
     device_train_microbatch_size: sequences of one forward on one rank; auto: estimated from the device's memory.
+    context_parallel_size: ranks that share each sequence, every one with a part of its tokens.
     device_eval_batch_size: null: as the micro-batch. eval_subset_num_batches: -1: the whole validation split.
     save_num_checkpoints_to_keep: -1: all. on_save_error: whether a failed save (disk full) ends the run.
     log_interval: optimizer steps. on_nonfinite: "stop", or "skip:N" to leave out up to N bad batches.
     dist_timeout: seconds. gradient_clip_norm: global L2 norm; null: no clipping.
+    eval_first: also evaluate before the first step, which is the base model's loss in a fine-tune.
     export: write a Hugging Face directory at the end. sample_prompt: text continued into sample.txt at the end.
-    model: fields of mpt.MptConfig; max_seq_len may be left out there.
+    sample_prompts: with examples, instructions answered in samples.md at the end; none: those of the first held-out
+        examples.
+    model: fields of mpt.MptConfig; max_seq_len may be left out there. A file may name a model in `pretrained`, whose
+        configuration then fills in what is left out, see trainer.pretrained.
     """
 
     run_name: str
@@ -81,9 +98,11 @@ class TrainConfig:
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
     global_train_batch_size: int
     device_train_microbatch_size: int | Literal["auto"] = "auto"
+    context_parallel_size: int = 1
     device_eval_batch_size: int | None = None
     eval_interval: int | str = "1000ba"
     eval_subset_num_batches: int = -1
+    eval_first: bool = False
     save_interval: int | str = "1000ba"
     save_num_checkpoints_to_keep: int = -1
     save_async: bool = True
@@ -98,6 +117,7 @@ class TrainConfig:
     gradient_clip_norm: float | None = 1.0
     export: bool = True
     sample_prompt: str | None = None
+    sample_prompts: list[str] = field(default_factory=list)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: dict[str, Any]
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -141,6 +161,12 @@ class TrainConfig:
                 raise InputError(f"{name}={path[:40]}...: no name in a path can be longer than 255 bytes; shorten it")
             if path and path.startswith("~"):
                 raise InputError(f"{name}={path}: ~ is not expanded here; write the folder out")
+        self.train_loader.check("train_loader")
+        if self.eval_loader is not None:
+            self.eval_loader.check("eval_loader")
+        for name, kind in (("sample_prompt", "text"), ("sample_prompts", "finetuning")):
+            if getattr(self, name) and self.train_loader.name != kind:
+                raise InputError(f"{name} is for a train_loader of name: {kind}; this one is {self.train_loader.name}")
         for key, value in self.tokenizer.kwargs.items():
             if key != "model_max_length" or value != self.max_seq_len:
                 raise InputError(
@@ -154,10 +180,12 @@ class Resolved:
     """What follows from a TrainConfig, the world size and the data.
 
     steps: optimizer steps of the whole run. steps_per_epoch: whole ones; None if the data was not opened.
-    tokens_per_step: input tokens over all ranks. micro_batch: sequences per forward on a rank, `accumulation` forwards
-    per step. warmup_steps, decay_steps: of the schedule, decay counted from step 0. eval_every, save_every: in steps;
-    0: only at the end. skip_nonfinite: bad batches that may be left out. tokenizer_path: the tokenizer.json; None if
-    unknown. device_bytes: memory of this rank's GPU; None on a CPU. notes: what a reader of the plan should know.
+    tokens_per_step: input tokens over all ranks; of examples the mean, padding aside. micro_batch: sequences per
+    forward on a rank, `accumulation` forwards per step. warmup_steps, decay_steps: of the schedule, decay counted from
+    step 0. eval_every, save_every: in steps; 0: only at the end. skip_nonfinite: bad batches that may be left out.
+    tokenizer_path: the tokenizer.json; None if unknown. device_bytes: memory of this rank's GPU; None on a CPU. notes:
+    what a reader of the plan should know.
+    train_data, eval_data: the opened loaders; None where there is none or the data was not opened.
     """
 
     model_config: MptConfig
@@ -176,6 +204,8 @@ class Resolved:
     tokenizer_path: Path | None
     tokenizer_sha256: str | None
     device_bytes: int | None
+    train_data: TokenBatches | ExampleBatches | None
+    eval_data: TokenBatches | ExampleBatches | None
     notes: tuple[str, ...] = ()
 
 
@@ -196,6 +226,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ignored = foundry.translate(source, [f.name for f in fields(TrainConfig)])
         if int(os.environ.get("RANK", "0")) == 0:
             print(foundry.notice(source.name, foreign_key, ignored), file=sys.stderr)
+    pretrained.expand(source)
     if source.values.get("precision") == "amp_fp16":
         raise source.error(("precision",), "precision=amp_fp16 is not supported; use amp_bf16, or fp32")
     if source.values.get("run_name") in (None, ""):
@@ -235,25 +266,31 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
     world_size: number of ranks. open_data=False leaves out data, tokenizer and checkpoint: durations in epochs cannot
     be resolved then. Raises InputError naming the fields, their values and a remedy.
     """
-    model_config = build_model_config(config)
+    notes: list[str] = []
+    configured = build_model_config(config)
+    model_config = _training_model(config, configured, notes)
     _check_mesh(config, world_size)
+    _check_context(config, model_config)
     _check_kernels(config)
     per_rank = _rows_per_rank(config, world_size)
     micro_batch = _micro_batch(config, model_config, world_size, per_rank)
     eval_batch_size = config.device_eval_batch_size or micro_batch
     tokens_per_step = config.global_train_batch_size * config.max_seq_len
 
-    tokenizer_path = tokenizer_sha256 = data = None
-    notes: list[str] = []
+    tokenizer_path = tokenizer_sha256 = data = validation = None
     if open_data:
-        tokenizer_path, tokenizer_sha256 = _find_tokenizer(config, notes)
-        _check_sample_prompt(config, model_config, tokenizer_path)
-        data = open_run_data(config, model_config, tokenizer_sha256, training=True)
-        if config.eval_loader is not None:
-            validation = open_run_data(config, model_config, tokenizer_sha256, training=False)
-            eval_batch_size = min(eval_batch_size, validation.sequences)  # more would be filled up with repetitions
         if config.load_path is not None:
             _check_load_path(config.load_path, model_config)
+            notes += [f"load_path's {d}" for d in pretrained.differences(config.load_path, configured)]
+        tokenizer_path, tokenizer_sha256 = _find_tokenizer(config, notes)
+        _check_sample_prompt(config, model_config, tokenizer_path)
+        tokenizer = (tokenizer_path, tokenizer_sha256)
+        data = _open_run_data(config, model_config, tokenizer, training=True)
+        _check_sample_prompts(config, model_config, tokenizer_path, data)
+        tokens_per_step = round(config.global_train_batch_size * data.mean_tokens)
+        if config.eval_loader is not None:
+            validation = _open_run_data(config, model_config, tokenizer, training=False)
+            eval_batch_size = min(eval_batch_size, validation.sequences)  # more would be filled up with repetitions
     epoch = Fraction(data.sequences, config.global_train_batch_size) if data else None
 
     def steps(name: str) -> int:
@@ -278,25 +315,41 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
         tokenizer_path=tokenizer_path,
         tokenizer_sha256=tokenizer_sha256,
         device_bytes=_device_bytes(config),
+        train_data=data,
+        eval_data=validation,
         notes=tuple(notes),
     )
 
 
-def open_run_data(
-    config: TrainConfig, model_config: MptConfig, tokenizer_sha256: str | None, *, training: bool
-) -> TokenBatches:
-    """The run's training data, or its validation data (which must be configured)."""
+def _training_model(config: TrainConfig, model_config: MptConfig, notes: list[str]) -> MptConfig:
+    """The model as it trains: with packed examples, each sees itself only; `notes` says so where that is a change."""
+    loaders = [loader for loader in (config.train_loader, config.eval_loader) if loader is not None]
+    if not any(loader.dataset.packing for loader in loaders):
+        return model_config
+    if model_config.learned_positions:
+        notes.append("dataset.packing with learned positions: they do not restart at each example")
+    if not model_config.attn_config.attn_uses_sequence_id:
+        model_config = copy.deepcopy(model_config)
+        model_config.attn_config.attn_uses_sequence_id = True
+        notes.append("dataset.packing: attn_config.attn_uses_sequence_id is true in training; the export keeps false")
+    return model_config
+
+
+def _open_run_data(
+    config: TrainConfig, model_config: MptConfig, tokenizer: tuple[Path | None, str | None], *, training: bool
+) -> TokenBatches | ExampleBatches:
+    """The run's training data, or its validation data (which must be configured). tokenizer: its path and SHA-256."""
     section = config.train_loader if training else config.eval_loader
     assert section is not None
-    return open_loader(
-        section,
-        seq_len=config.max_seq_len,
-        global_batch_size=config.global_train_batch_size,
-        seed=config.seed,
-        vocab_size=model_config.vocab_size,
-        tokenizer_sha256=tokenizer_sha256,
-        training=training,
-    )
+    path, sha256 = tokenizer
+    length, batch, vocab_size = config.max_seq_len, config.global_train_batch_size, model_config.vocab_size
+    if section.name == "text":
+        return open_loader(section, seq_len=length, global_batch_size=batch, seed=config.seed, vocab_size=vocab_size,
+                           tokenizer_sha256=sha256, training=training)  # fmt: skip
+    if path is None:
+        raise InputError("tokenizer.name is required to tokenise examples; give a tokenizer.json or a folder with one")
+    return open_examples(section, seq_len=length, global_batch_size=batch, seed=config.seed, vocab_size=vocab_size,
+                         tokenizer=path, training=training)  # fmt: skip
 
 
 def _durations(config: TrainConfig) -> dict[str, int | str]:
@@ -350,13 +403,23 @@ def _skip_limit(on_nonfinite: str) -> int:
 
 
 def _check_mesh(config: TrainConfig, world_size: int) -> None:
-    replicate = config.fsdp_config.replicate
-    if replicate < 1 or world_size % replicate:
-        raise InputError(
-            f"fsdp_config.replicate={replicate} does not divide the {world_size} processes; choose a divisor of it"
-        )
+    check_sizes(world_size, config.fsdp_config, config.context_parallel_size)
     if config.fsdp_config.cpu_offload and not _on_cuda(config):
         raise InputError("fsdp_config.cpu_offload=true needs a GPU to offload from; set it to false")
+
+
+def _check_context(config: TrainConfig, model_config: MptConfig) -> None:
+    size = config.context_parallel_size
+    if size > config.max_seq_len:
+        raise InputError(
+            f"context_parallel_size={size} processes cannot share the {config.max_seq_len} tokens of a sequence "
+            "(max_seq_len); lower it"
+        )
+    if size > 1 and model_config.attn_config.prefix_lm:
+        raise InputError(
+            f"context_parallel_size={size} with model.attn_config.prefix_lm=true: a prefix is seen from both sides, "
+            "which processes that share a sequence do not support; set one of them back"
+        )
 
 
 def _check_kernels(config: TrainConfig) -> None:
@@ -369,14 +432,17 @@ def _check_kernels(config: TrainConfig) -> None:
 
 
 def _rows_per_rank(config: TrainConfig, world_size: int) -> int:
-    batch = config.global_train_batch_size
-    if batch % world_size:
-        near = max(batch // world_size, 1) * world_size
+    """Sequences of a global batch that a rank reads, alone or with those that share them."""
+    batch, context = config.global_train_batch_size, config.context_parallel_size
+    readers = world_size // context
+    if batch % readers:
+        near = max(batch // readers, 1) * readers
+        by = f"{readers} groups of {context} processes" if context > 1 else f"{readers} processes"
         raise InputError(
-            f"global_train_batch_size={batch} is not divisible by the {world_size} processes; use {near} or "
-            f"{near + world_size}, or another number of processes"
+            f"global_train_batch_size={batch} is not divisible by the {by}; use {near} or "
+            f"{near + readers}, or another number of processes"
         )
-    return batch // world_size
+    return batch // readers
 
 
 def _micro_batch(config: TrainConfig, model_config: MptConfig, world_size: int, per_rank: int) -> int:
@@ -388,7 +454,8 @@ def _micro_batch(config: TrainConfig, model_config: MptConfig, world_size: int, 
         near = ", ".join(str(n) for n in sorted(sorted(divisors(per_rank), key=lambda n: abs(n - size))[:3]))
         raise InputError(
             f"device_train_microbatch_size={size} does not divide the {per_rank} sequences of each rank "
-            f"(global_train_batch_size={config.global_train_batch_size} over {world_size}); use {near} or auto"
+            f"(global_train_batch_size={config.global_train_batch_size} over "
+            f"{world_size // config.context_parallel_size}); use {near} or auto"
         )
     return size
 
@@ -407,12 +474,15 @@ def _device_bytes(config: TrainConfig) -> int | None:
 
 def _find_tokenizer(config: TrainConfig, notes: list[str]) -> tuple[Path | None, str | None]:
     """The tokenizer.json of the run, which can be read, and its SHA-256: the named one, else the copy beside the
-    training shards.
+    training shards, or for examples the one in load_path.
 
-    A hub name is looked up in the local cache only: training needs no network, and the shards carry the tokenizer. One
-    that is not there could not be compared with the shards', which `notes` says then.
+    For shards a hub name is looked up in the local cache only: training needs no network, and the shards carry the
+    tokenizer. One that is not there could not be compared with the shards', which `notes` says then.
     """
     name = config.tokenizer.name
+    if config.train_loader.name == "finetuning":
+        found = _beside_weights(config.load_path) if name is None else find_tokenizer(name)
+        return found, None if found is None else file_sha256(found)
     if name is not None:
         path: Path | None = None
         if Path(name).exists() or name.endswith(".json") or name.startswith((".", "/", "~")):
@@ -441,6 +511,14 @@ def _find_tokenizer(config: TrainConfig, notes: list[str]) -> tuple[Path | None,
     return beside, manifest.tokenizer_sha256
 
 
+def _beside_weights(load_path: str | None) -> Path | None:
+    """The tokenizer.json in the folder of a model, or in the export of a run."""
+    if load_path is None:
+        return None
+    folder = local_path(load_path)
+    return next((path for path in (folder / TOKENIZER, folder / "export" / TOKENIZER) if path.is_file()), None)
+
+
 def _check_sample_prompt(config: TrainConfig, model_config: MptConfig, tokenizer_path: Path | None) -> None:
     if config.sample_prompt and tokenizer_path is not None and model_config.learned_positions:
         tokens = len(open_tokenizer(tokenizer_path).encode(config.sample_prompt).ids)
@@ -448,6 +526,20 @@ def _check_sample_prompt(config: TrainConfig, model_config: MptConfig, tokenizer
             raise InputError(
                 f"sample_prompt has {tokens} tokens; learned positions end at max_seq_len={config.max_seq_len}: "
                 "shorten it"
+            )
+
+
+def _check_sample_prompts(
+    config: TrainConfig, model_config: MptConfig, tokenizer: Path | None, data: TokenBatches | ExampleBatches
+) -> None:
+    """Learned positions end at max_seq_len; a prompt that does not fit must not end the run when all is done."""
+    if not (model_config.learned_positions and isinstance(data, ExampleBatches) and tokenizer is not None):
+        return
+    for asked in samples.questions(config.train_loader.dataset, config.sample_prompts, Encoder(tokenizer), data):
+        if len(asked.ids) > config.max_seq_len:
+            raise InputError(
+                f"sample_prompts: one has {len(asked.ids)} tokens; learned positions end at "
+                f"max_seq_len={config.max_seq_len}: shorten it"
             )
 
 

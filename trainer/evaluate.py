@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,21 +52,21 @@ class Evaluation:
 
 def mean_loss(
     model: MptForCausalLM, data: TokenBatches, world: World, *, batch_size: int, sequences: int | None = None,
-    token_bytes: npt.NDArray[np.int64] | None = None, stopped: Callable[[], int] = lambda: 0,
+    token_bytes: npt.NDArray[np.int64] | None = None,
     advance: Callable[[int, int], None] = lambda sequences, tokens: None,
-) -> Evaluation | None:  # fmt: skip
+) -> Evaluation:  # fmt: skip
     """Every sequence of `data` once, or its first `sequences`: collective, and equal on all ranks. The mode of the
     model, which should be eval, is the caller's.
 
     batch_size: sequences of a forward on each rank. token_bytes: as the function of that name gives them.
-    stopped: asked after every batch; where it is not 0 on some rank, the result is None on all.
     advance: told each batch's sequences and tokens, over all ranks.
     """
-    eos_id = data.sources[0].shards.manifest.eos_id
+    attn = model.config.attn_config
     total, counted, text_bytes, started = 0.0, 0, 0, time.perf_counter()
     with torch.no_grad():
         for ids, valid in data.eval_batches(world.rank, world.size, batch_size, sequences):
-            batch = model_inputs(ids, model.config, eos_id)
+            given = data.arguments(ids, sequence_id=attn.attn_uses_sequence_id, prefix_mask=attn.prefix_lm)
+            batch = {name: torch.from_numpy(value) for name, value in given.items()}
             batch["labels"] = batch["labels"].clone()
             batch["labels"][valid:] = -100
             tokens = int((batch["labels"][:, 1:] != -100).sum())
@@ -77,9 +76,7 @@ def mean_loss(
             batch = {k: v.to(world.device) for k, v in batch.items()}
             out = model(**batch, num_items_in_batch=1, return_logits=False, use_cache=False, return_dict=True)
             total += float(out.loss)
-            stop, sequences_everywhere, tokens_everywhere = world.sum(stopped(), valid, tokens)
-            if stop:
-                return None
+            sequences_everywhere, tokens_everywhere = world.sum(valid, tokens)
             advance(int(sequences_everywhere), int(tokens_everywhere))
     loss_sum, tokens_sum, bytes_sum = world.sum(total, counted, text_bytes)
     return Evaluation(
@@ -88,21 +85,6 @@ def mean_loss(
         text_bytes=None if token_bytes is None else int(bytes_sum),
         seconds=time.perf_counter() - started,
     )
-
-
-def model_inputs(ids: npt.NDArray[Any], config: MptConfig, eos_id: int) -> dict[str, torch.Tensor]:
-    """Keyword arguments of the model's forward for token ids (B, S) of documents one after the other, on the CPU.
-
-    Labels are the ids. eos_id: what ends a document, where the model keeps documents apart.
-    """
-    input_ids = torch.from_numpy(ids)
-    batch = {"input_ids": input_ids, "labels": input_ids}
-    if config.attn_config.attn_uses_sequence_id:
-        ends = (input_ids == eos_id).cumsum(1)
-        batch["sequence_id"] = torch.nn.functional.pad(ends[:, :-1], (1, 0))
-    if config.attn_config.prefix_lm:
-        batch["prefix_mask"] = torch.zeros_like(input_ids, dtype=torch.bool)
-    return batch
 
 
 def load_model(source: Source, world: World, dtype: torch.dtype | None = None) -> MptForCausalLM:

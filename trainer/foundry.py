@@ -1,4 +1,6 @@
-"""llm-foundry's pretraining YAMLs read as they are: their keys as ours, their defaults, and what is ignored by name."""
+"""llm-foundry's YAMLs, of pretraining and finetuning, read as they are: their keys as ours, their defaults, and what is
+ignored by name.
+"""
 
 import math
 import os
@@ -16,7 +18,6 @@ MARKS = (
     "callbacks",
     "console_log_interval",
     "device_train_batch_size",
-    "eval_first",
     "icl_tasks",
     "log_to_console",
     "progress_bar",
@@ -28,7 +29,9 @@ MARKS = (
 SECTION_MARKS = (
     ("fsdp_config", "sharding_strategy"),
     ("fsdp_config", "mixed_precision"),
+    ("model", "pretrained_model_name_or_path"),
     ("train_loader", "dataset", "max_seq_len"),
+    ("train_loader", "dataset", "packing_ratio"),
     ("train_loader", "dataset", "remote"),
     ("train_loader", "dataset", "streams"),
 )
@@ -40,7 +43,6 @@ IGNORED = (
     "compile_config",
     "console_log_interval",
     "cuda_load_lazy",
-    "eval_first",
     "eval_gauntlet",
     "eval_gauntlet_str",
     "expandable_segments",
@@ -70,6 +72,7 @@ IGNORED = (
 )
 _FSDP_OURS = ("replicate", "reshard_after_forward", "reduce_dtype", "reduce_every_microbatch", "cpu_offload")
 _DATASET_OURS = ("local", "split", "shuffle", "shuffle_seed", "mix")
+_EXAMPLES_OURS = ("hf_name", "split", "shuffle", "shuffle_seed")
 
 
 class _Translation:
@@ -136,7 +139,7 @@ def notice(name: str, mark: str, ignored: list[str]) -> str:
 
 
 def translate(source: Source, fields: Collection[str]) -> list[str]:
-    """Turn the resolved values of an llm-foundry pretraining YAML into ours, in place; returns the keys it ignored.
+    """Turn the resolved values of an llm-foundry training YAML into ours, in place; returns the keys it ignored.
 
     fields: TrainConfig's names; where a key of that name means the same it is taken as it is. Defaults of absent keys
     are llm-foundry's where they would change the result. Raises InputError for a value that changes the meaning and has
@@ -188,6 +191,8 @@ def _interval(value: Any) -> Any:
 def _model(t: _Translation) -> dict[str, Any]:
     """The model section less its inert keys; MptConfig gives one with a `name` llm-foundry's defaults."""
     model = {"name": "mpt_causal_lm"} | t.section(("model",))
+    if "pretrained_model_name_or_path" in model:
+        return _pretrained(t, model)
     attn = t.section(("model", "attn_config"))
     t.ignore(("model",), [key for key in model if key in BOOKKEEPING])
     t.ignore(("model", "attn_config"), [key for key in attn if key in ATTN_BOOKKEEPING])
@@ -195,6 +200,24 @@ def _model(t: _Translation) -> dict[str, Any]:
     if attn:
         kept["attn_config"] = {key: value for key, value in attn.items() if key not in ATTN_BOOKKEEPING}
     return kept
+
+
+def _pretrained(t: _Translation, model: dict[str, Any]) -> dict[str, Any]:
+    """A section that names a model to start from, and what is to differ from its configuration."""
+    place: Place = ("model",)
+    t.only(place, model, "name", ["hf_causal_lm", "mpt_causal_lm"])
+    t.only(place, model, "pretrained", [True])
+    t.only(place, model, "peft_config", [None])
+    t.source.lines.pop((*place, "pretrained"), None)
+    t.moved((*place, "pretrained_model_name_or_path"), (*place, "pretrained"))
+    overrides = t.section((*place, "config_overrides"))
+    attn = t.section((*place, "config_overrides", "attn_config"))
+    known = ("pretrained_model_name_or_path", "config_overrides")
+    t.ignore(place, [key for key in model if key not in known])
+    overrides.pop("max_seq_len", None)  # the run's decides
+    if attn:
+        overrides["attn_config"] = {key: value for key, value in attn.items() if key not in ATTN_BOOKKEEPING}
+    return {"pretrained": model["pretrained_model_name_or_path"], **overrides}
 
 
 def _tokenizer(t: _Translation) -> dict[str, Any]:
@@ -211,8 +234,9 @@ def _loader(t: _Translation, name: str) -> dict[str, Any]:
             raise t.error(place, f"{len(entries)} validation sets; only one is supported")
         t.source.values[name] = entries[0]
     loader = t.section(place)
-    if loader.get("name", "text") != "text":
-        raise t.error((name, "name"), f"{loader['name']!r} is not a pretraining loader; only text is supported")
+    kind = loader.get("name", "text")
+    if kind not in ("text", "finetuning"):
+        raise t.error((name, "name"), f"{kind!r} is not supported; expected text or finetuning")
     t.ignore(place, [key for key in loader if key not in ("name", "dataset", "num_workers", "drop_last")])
     out: dict[str, Any] = {key: loader[key] for key in ("num_workers", "drop_last") if key in loader}
 
@@ -222,6 +246,8 @@ def _loader(t: _Translation, name: str) -> dict[str, Any]:
     t.only(place, dataset, "max_seq_len", [length])
     t.only(place, dataset, "epoch_size", [None])
     _no_remote(t, place, dataset)
+    if kind == "finetuning":
+        return out | {"name": kind, "dataset": _examples(t, place, dataset)}
     # Streaming reads in order unless told to shuffle.
     kept = {"shuffle": False} | {key: dataset[key] for key in _DATASET_OURS if key in dataset}
     streams = dataset.pop("streams", None)
@@ -233,6 +259,26 @@ def _loader(t: _Translation, name: str) -> dict[str, Any]:
         (only,) = kept.pop("mix")
         kept |= {key: only[key] for key in ("local", "split") if only[key] is not None}
     return out | {"dataset": kept}
+
+
+def _examples(t: _Translation, place: Place, dataset: dict[str, Any]) -> dict[str, Any]:
+    """The dataset of a finetuning loader. Theirs cuts what is too long, and packs without telling examples apart."""
+    t.only(place, dataset, "decoder_only_format", [True])
+    t.only(place, dataset, "preprocessing_fn", [None])
+    t.only(place, dataset, "hf_kwargs", [None, {}])
+    t.only(place, dataset, "target_prompts", ["none"])
+    t.only(place, dataset, "target_responses", ["all"])
+    t.only(place, dataset, "streams", [None])
+    kept = {"shuffle": False, "too_long": "cut"} | {key: dataset[key] for key in _EXAMPLES_OURS if key in dataset}
+    kept["packing"] = dataset.get("packing_ratio") not in (None, 1, 1.0)
+    hf_name = kept.pop("hf_name", None)
+    if hf_name is not None and not str(hf_name).startswith((".", "/")) and not os.path.exists(str(hf_name)):
+        kept["hf_name"] = hf_name
+    else:
+        kept["local"] = hf_name or dataset.get("local")
+        t.moved((*place, "hf_name"), (*place, "local"))
+    t.ignore(place, [key for key in dataset if key not in (*_EXAMPLES_OURS, "local", "remote", "packing_ratio")])
+    return kept
 
 
 def _no_remote(t: _Translation, place: Place, dataset: Mapping[str, Any]) -> None:

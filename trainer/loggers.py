@@ -28,7 +28,7 @@ TRAIN_COLUMNS = (
     *("step", "tokens", "epoch", "loss", "lr", "grad_norm", "tokens_per_s", "tokens_per_s_device", "mfu", "memory_gib"),
     *(f"time_{part}_s" for part in PARTS),
 )
-EVAL_COLUMNS = ("step", "tokens", "eval_loss", "eval_perplexity")
+EVAL_COLUMNS = ("step", "tokens", "eval_loss", "eval_perplexity", "eval_token_accuracy")
 
 # Rows that may wait for wandb or tensorboard before new ones are dropped: hours of a run that logs every few seconds.
 QUEUE_ROWS = 10_000
@@ -142,9 +142,11 @@ class Loggers:
         if not self._active:
             return
         values = _checked(row, EVAL_COLUMNS)
+        right = values["eval_token_accuracy"]
+        accuracy = "" if right is None else f"  token accuracy {right:.2%}"
         self._console.print(
             f"step {values['step']}/{self._total_steps}  validation loss {_fixed(values['eval_loss'], '.4f')} nats  "
-            f"perplexity {_fixed(values['eval_perplexity'], ',.2f')}"
+            f"perplexity {_fixed(values['eval_perplexity'], ',.2f')}{accuracy}"
         )
         if values["step"] not in self._evaluated:
             self._evaluated.add(int(values["step"] or 0))

@@ -11,7 +11,11 @@ from typing import Literal
 
 import torch
 
+from mpt import MptForCausalLM
 from mpt.config import MptConfig
+from mpt.context import ContextSplit
+from mpt.heads import shift_labels
+from mpt.outputs import BaseModelOutputWithPastAndCrossAttentions
 from trainer.errors import InputError
 
 Part = Literal["data", "forward", "backward", "optimizer", "save"]
@@ -90,6 +94,45 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+class TokenAccuracy:
+    """How many labels are the model's likeliest next token, counted in the forwards inside `with`.
+
+    `expect` says the labels of each forward before it. The head is applied to the counted positions only, a chunk at a
+    time, and inside the forward, where a sharded model's weights are whole.
+    """
+
+    CHUNK = 2**25  # logits at once
+
+    def __init__(self, model: MptForCausalLM) -> None:
+        self._model = model
+        self._labels: torch.Tensor | None = None
+        self.correct = 0
+
+    def expect(self, labels: torch.Tensor, context: ContextSplit | None = None) -> None:
+        """Labels (B, S), whole and not shifted, of the next forward; `context` as the model's."""
+        labels = shift_labels(labels)
+        self._labels = labels if context is None else context.take(labels)
+
+    def __enter__(self) -> "TokenAccuracy":
+        self._handle = self._model.transformer.register_forward_hook(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _count(self, _: torch.nn.Module, __: object, output: BaseModelOutputWithPastAndCrossAttentions) -> None:
+        assert self._labels is not None and output.last_hidden_state is not None
+        labels = self._labels.to(output.last_hidden_state.device)
+        counted = labels != -100
+        hidden, labels = output.last_hidden_state[counted], labels[counted]
+        weight = self._model.get_output_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        size = max(1, self.CHUNK // weight.shape[0])
+        for part, wanted in zip(hidden.split(size), labels.split(size)):
+            likeliest = torch.nn.functional.linear(part, weight.to(part.dtype)).argmax(-1)
+            self.correct += int((likeliest == wanted).sum())
 
 
 @dataclass(frozen=True)

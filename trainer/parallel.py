@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from mpt import MptForCausalLM
+from mpt.context import ContextGroup
 from trainer.errors import InputError
 
 
@@ -40,13 +41,33 @@ class FsdpConfig:
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. `mesh` is 1-D (shard) or 2-D (replicate, shard)."""
+    """This process among the others. `mesh` is FSDP's: 1-D (shard) or 2-D (replicate, shard).
+
+    context: the neighbouring ranks with which this one shares sequences; None where it has its own. They shard the
+    model too: context is the innermost dimension of replicate x shard x context, and `mesh` has the last two as one.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     mesh: DeviceMesh
+    context: ContextGroup | None = None
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a global batch this rank reads: equal for ranks that share sequences."""
+        return self.rank if self.context is None else self.rank // self.context.size
+
+    @property
+    def data_size(self) -> int:
+        """The number of parts."""
+        return self.size if self.context is None else self.size // self.context.size
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank is the one, of those that share its sequences, that counts what all of them know."""
+        return self.context is None or self.context.rank == 0
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over ranks, in float64, over the CPU backend: no device is waited for."""
@@ -94,21 +115,35 @@ def choose_device(name: Literal["auto", "cpu", "cuda"], local_rank: int) -> torc
     return torch.device("cuda", local_rank)
 
 
+def check_sizes(world_size: int, fsdp_config: FsdpConfig, context_parallel_size: int) -> None:
+    """Raises InputError unless the processes make replicate x shard x context."""
+    replicate, context = fsdp_config.replicate, context_parallel_size
+    for name, size in (("fsdp_config.replicate", replicate), ("context_parallel_size", context)):
+        if size < 1 or world_size % size:
+            raise InputError(f"{name}={size} does not divide the {world_size} processes; choose a divisor of it")
+    if world_size % (replicate * context):
+        raise InputError(
+            f"fsdp_config.replicate={replicate} and context_parallel_size={context} need a multiple of "
+            f"{replicate * context} processes, and there are {world_size}; lower one of them, or start more processes"
+        )
+
+
 @contextlib.contextmanager
 def join_world(
-    device_name: Literal["auto", "cpu", "cuda"], fsdp_config: FsdpConfig, timeout_s: float
+    device_name: Literal["auto", "cpu", "cuda"],
+    fsdp_config: FsdpConfig,
+    timeout_s: float,
+    context_parallel_size: int = 1,
 ) -> Iterator[World]:
     """Initialise torch.distributed (gloo for CPU tensors, NCCL for CUDA ones), also for one process without torchrun.
 
-    timeout_s: seconds after which a collective that a rank never joins is an error.
+    timeout_s: seconds after which a collective that a rank never joins is an error. context_parallel_size: ranks that
+    share each sequence.
     """
     size, rank = world_size(), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = choose_device(device_name, local_rank)
-    if size % fsdp_config.replicate:
-        raise InputError(
-            f"fsdp_config.replicate={fsdp_config.replicate} does not divide the {size} processes; choose a divisor"
-        )
+    check_sizes(size, fsdp_config, context_parallel_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -128,7 +163,11 @@ def join_world(
             mesh = init_device_mesh(device.type, (fsdp_config.replicate, shard), mesh_dim_names=("replicate", "shard"))
         else:
             mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-        yield World(rank, size, local_rank, device, mesh)
+        context = None
+        if (n := context_parallel_size) > 1:
+            groups = init_device_mesh(device.type, (size // n, n), mesh_dim_names=("data", "context"))
+            context = ContextGroup(groups.get_group("context"))
+        yield World(rank, size, local_rank, device, mesh, context)
     finally:
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mpt import MptConfig
 from mpt.config import count_parameters, parameter_shapes
+from mpt.context import deal, slopes_of
 from trainer.metrics import flops_per_token
 
 if TYPE_CHECKING:
@@ -16,12 +17,13 @@ GIB = 2**30
 CPU_TOKENS = 4096  # of a micro-batch: more brings no speed on a CPU, only memory
 DEVICE_SHARE = 0.92  # of a GPU's memory that the estimate may fill; the rest is CUDA's context and fragmentation
 FP32 = 4
-LOSS_CHUNK = {"cpu": 2**25, "cuda": 2**28}  # logits at once, as kernels.linear_cross_entropy chooses them
+LOSS_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # logits at once, as kernels.linear_cross_entropy chooses them
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run in numbers. `memory`: bytes on one rank by kind; `host_memory`: the same in host memory (cpu_offload).
+    `context`: ranks that share a sequence; `context_balance`: the most attention work expected of one over their mean.
     `notes`: what a reader should know before starting it.
     """
 
@@ -32,8 +34,11 @@ class Plan:
     tokens: int
     tokens_per_step: int
     flops_per_token: float
+    batch: int
     world_size: int
     replicate: int
+    context: int
+    context_balance: float
     micro_batch: int
     accumulation: int
     seq_len: int
@@ -47,16 +52,19 @@ class Plan:
         return sum(self.memory.values())
 
     def __str__(self) -> str:
-        batch = self.tokens_per_step // self.seq_len
         groups = f"{self.replicate} x " if self.replicate > 1 else ""
-        processes = f"{groups}{self.world_size // self.replicate} processes"
+        shared = f" x {self.context}" if self.context > 1 else ""
+        processes = f"{groups}{self.world_size // self.replicate // self.context}{shared} processes"
+        whole = self.tokens_per_step == self.batch * self.seq_len
+        length = f"{self.seq_len:,}" if whole else f"up to {self.seq_len:,}, on average"
         per_parameter, flops = self.tokens / self.parameters, self.flops_per_token
         rows = [
             ("run", f"{self.name} -> {self.run_folder}"),
             ("parameters", f"{self.parameters:,}"),
             ("length", f"{self.steps:,} steps, {self.tokens:,} tokens ({per_parameter:.3g} per parameter)"),
-            ("step", f"{batch:,} sequences of {self.seq_len:,} = {self.tokens_per_step:,} tokens"),
+            ("step", f"{self.batch:,} sequences of {length} = {self.tokens_per_step:,} tokens"),
             ("", f"{processes} x micro-batch {self.micro_batch} x {self.accumulation} accumulated"),
+            *self._context_row(),
             ("compute", f"{_si(flops)}FLOPs per token, {flops * self.tokens:.3g} FLOPs in all"),
             ("memory", "of one process, estimated:"),
         ]
@@ -66,10 +74,18 @@ class Plan:
         rows += [("note", text) for text in self.notes]
         return "\n".join(f"{name:<14}{text}".rstrip() for name, text in rows)
 
+    def _context_row(self) -> list[tuple[str, str]]:
+        if self.context == 1:
+            return []
+        tokens, ratio = _ceil(self.seq_len, self.context), self.context_balance
+        share = f"{self.context} processes share each sequence, {tokens:,} tokens each"
+        return [("", f"{share}; the busiest has {ratio:.2f} x the mean attention")]
+
 
 def plan(config: "TrainConfig", resolved: "Resolved", world_size: int) -> Plan:
     """The run in numbers; the memory is what this implementation keeps, see `memory`."""
     device = memory(config, resolved.model_config, world_size, resolved.micro_batch)
+    context, slopes = config.context_parallel_size, slopes_of(resolved.model_config)
     host: dict[str, int] = {}
     if config.fsdp_config.cpu_offload:
         host = {kind: device.pop(kind) for kind in ("weights", "gradients", "optimizer state")}
@@ -81,8 +97,11 @@ def plan(config: "TrainConfig", resolved: "Resolved", world_size: int) -> Plan:
         tokens=resolved.steps * resolved.tokens_per_step,
         tokens_per_step=resolved.tokens_per_step,
         flops_per_token=flops_per_token(resolved.model_config, config.max_seq_len),
+        batch=config.global_train_batch_size,
         world_size=world_size,
         replicate=config.fsdp_config.replicate,
+        context=context,
+        context_balance=deal(config.max_seq_len, context, slopes)[1] if context > 1 else 1.0,
         micro_batch=resolved.micro_batch,
         accumulation=resolved.accumulation,
         seq_len=config.max_seq_len,
@@ -99,7 +118,8 @@ def _notes(config: "TrainConfig", resolved: "Resolved", device_bytes: int) -> It
     if resolved.device_bytes is not None and device_bytes > resolved.device_bytes:
         yield (
             f"the estimate is above the device's {_bytes(resolved.device_bytes)}: use more processes, "
-            "activation_checkpointing=full, a smaller device_train_microbatch_size or fsdp_config.cpu_offload=true"
+            "activation_checkpointing=full, a smaller device_train_microbatch_size, context_parallel_size or "
+            "fsdp_config.cpu_offload=true"
         )
 
 
@@ -110,7 +130,9 @@ def memory(config: "TrainConfig", model_config: MptConfig, world_size: int, micr
     blocks (in use, and fetched ahead) in the compute dtype, or all blocks without reshard_after_forward. unreduced
     gradients: the root's and one block's; with accumulation the whole model's, unless ranks sum after every
     micro-batch. activations: what every block keeps for the backward. block: one block's recomputation and the
-    temporaries of its backward. loss: a chunk of logits, and the head's gradient summed in fp32. margin: 5 %.
+    temporaries of its backward. keys of the group: with context_parallel_size, keys and values of whole sequences, kept
+    by every block, or with activation checkpointing by one; their gradients, the sum of these, and what is sent. loss:
+    a chunk of logits, and the head's gradient summed in fp32. margin: 5 %.
     """
     c, fsdp = model_config, config.fsdp_config
     width = 2 if config.precision == "amp_bf16" else FP32
@@ -119,8 +141,11 @@ def memory(config: "TrainConfig", model_config: MptConfig, world_size: int, micr
     n = count_parameters(c)
     block = sum(math.prod(shape) for name, shape in parameter_shapes(c).items() if ".blocks.0." in name)
     root = n - c.n_layers * block
-    tokens = micro_batch * config.max_seq_len
-    accumulates = config.global_train_batch_size > micro_batch * world_size and not fsdp.reduce_every_microbatch
+    context = config.context_parallel_size
+    tokens = micro_batch * _ceil(config.max_seq_len, context)
+    accumulates = (
+        config.global_train_batch_size > micro_batch * (world_size // context) and not fsdp.reduce_every_microbatch
+    )
     kept_blocks = min(2, c.n_layers) if fsdp.reshard_after_forward else c.n_layers
     states = 1 if config.optimizer.name == "decoupled_lionw" else 2
     per_block = saved_per_block(c, tokens, width)
@@ -136,6 +161,9 @@ def memory(config: "TrainConfig", model_config: MptConfig, world_size: int, micr
         "one block's work": recomputed + _backward_temporaries(c, tokens, width),
         "loss": _loss(c, tokens, width, "cpu" if config.device == "cpu" else "cuda"),
     }
+    if context > 1:
+        keys = 2 * micro_batch * config.max_seq_len * c.kv_heads * c.d_head * width
+        out["keys of the group"] = keys * (3 + (c.n_layers if config.activation_checkpointing == "none" else 1))
     out["margin"] = sum(out.values()) // 20
     return out
 
@@ -165,10 +193,10 @@ def choose_micro_batch(
     device_bytes: the GPU's memory; the largest that the estimate of `memory` fits into, at least 1. None: a CPU; the
     largest of up to 4,096 tokens.
     """
-    per_rank = config.global_train_batch_size // world_size
-    largest_first = divisors(per_rank)[::-1]
+    context = config.context_parallel_size
+    largest_first = divisors(config.global_train_batch_size * context // world_size)[::-1]
     if device_bytes is None:
-        return next((n for n in largest_first if n * config.max_seq_len <= CPU_TOKENS), 1)
+        return next((n for n in largest_first if n * config.max_seq_len <= CPU_TOKENS * context), 1)
     for n in largest_first:
         needed = memory(config, model_config, world_size, n)
         if config.fsdp_config.cpu_offload:

@@ -1,7 +1,6 @@
 """One training run, from a configuration to a finished folder; `run` reads top to bottom."""
 
 import contextlib
-import copy
 import fcntl
 import math
 import os
@@ -13,21 +12,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
 import kernels.backend
 from mpt import MptConfig, MptForCausalLM
+from mpt.context import ContextSplit, slopes_of
 from mpt.initialize import init_weights
 from mpt.manifest import list_steps
+from trainer import samples
 from trainer.checkpoint import Checkpointer, export_hf, load_weights
-from trainer.config import Resolved, TrainConfig, config_to_yaml, open_run_data, validate
-from trainer.data import Prefetcher, TokenBatches, unigram_entropy
+from trainer.config import Resolved, TrainConfig, build_model_config, config_to_yaml, validate
+from trainer.data import ExampleBatches, Prefetcher, TokenBatches, unigram_entropy
+from trainer.data.examples import Encoder
 from trainer.data.tokenizer import open_tokenizer, settings_files
 from trainer.errors import InputError
-from trainer.evaluate import mean_loss, model_inputs
 from trainer.history import replace_file
 from trainer.loggers import Loggers
-from trainer.metrics import StepTimer, flops_per_token, memory_gib, peak_flops, profiler
+from trainer.metrics import StepTimer, TokenAccuracy, flops_per_token, memory_gib, peak_flops, profiler
 from trainer.optim import build_optimizer, clip_grad_norm, lr_multiplier, set_lr
 from trainer.parallel import (
     World,
@@ -39,6 +41,8 @@ from trainer.parallel import (
     world_size,
 )
 from trainer.plan import plan
+
+Data = TokenBatches | ExampleBatches
 
 NON_FINITE = 3  # exit code
 SAMPLE_TOKENS = 120
@@ -96,7 +100,7 @@ def run(config: TrainConfig) -> int:
     Raises InputError for anything that the user has to change.
     """
     resolved = validate(config, world_size())
-    with join_world(config.device, config.fsdp_config, config.dist_timeout) as world:
+    with join_world(config.device, config.fsdp_config, config.dist_timeout, config.context_parallel_size) as world:
         with _own_folder(resolved.run_folder, world), _out_of_memory_advice(config, resolved):
             return _run(config, resolved, world)
 
@@ -115,10 +119,7 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
     kernels.backend.set_default(config.kernels)
     model = _sharded_model(config, resolved.model_config, world)
     optimizer = build_optimizer(config.optimizer, model)
-    train_data, eval_data = (
-        open_run_data(config, resolved.model_config, resolved.tokenizer_sha256, training=training) if section else None
-        for section, training in ((config.train_loader, True), (config.eval_loader, False))
-    )
+    train_data, eval_data = resolved.train_data, resolved.eval_data
     assert train_data is not None
 
     checkpointer = Checkpointer(
@@ -140,6 +141,8 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
     loggers = _open_loggers(config, resolved, state, world)
     loggers.message(str(plan(config, resolved, world.size)))
     loggers.message(f"data: {train_data.description()}")
+    if isinstance(eval_data, ExampleBatches):
+        loggers.message(f"held out: {eval_data.description()}")
     if restored is not None:
         loggers.message(f"resuming after step {state.step} of {resolved.steps}")
     loop = Loop(config, resolved, world, model, optimizer, train_data, eval_data, checkpointer, loggers, state)
@@ -167,7 +170,7 @@ def _sharded_model(config: TrainConfig, model_config: MptConfig, world: World) -
     return model
 
 
-def _fingerprint(config: TrainConfig, resolved: Resolved, data: TokenBatches) -> dict[str, Any]:
+def _fingerprint(config: TrainConfig, resolved: Resolved, data: Data) -> dict[str, Any]:
     """What a run must not change when it resumes. Durations, intervals, loggers and micro-batch are free."""
     return {
         "model": resolved.model_config.to_dict(extra=False),
@@ -239,7 +242,9 @@ def _out_of_memory_advice(config: TrainConfig, resolved: Resolved) -> Iterator[N
             advice.append("activation_checkpointing=full")
         if config.precision != "amp_bf16":
             advice.append("precision=amp_bf16")
-        advice += ["more processes (each holds a smaller shard)", f"max_seq_len below {config.max_seq_len}"]
+        advice.append("more processes (each holds a smaller shard)")
+        advice.append(f"context_parallel_size above {config.context_parallel_size} (each holds a part of a sequence)")
+        advice.append(f"max_seq_len below {config.max_seq_len}")
         raise InputError(
             f"out of memory with device_train_microbatch_size={resolved.micro_batch}, "
             f"max_seq_len={config.max_seq_len}, precision={config.precision}, "
@@ -257,8 +262,8 @@ class Loop:
     world: World
     model: MptForCausalLM
     optimizer: torch.optim.Optimizer
-    train_data: TokenBatches
-    eval_data: TokenBatches | None
+    train_data: Data
+    eval_data: Data | None
     checkpointer: Checkpointer
     loggers: Loggers
     state: TrainState
@@ -269,12 +274,14 @@ class Loop:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.flops_per_token = flops_per_token(self.resolved.model_config, self.config.max_seq_len)
         compute_dtype = torch.bfloat16 if self.config.precision == "amp_bf16" else torch.float32
+        self.slopes = slopes_of(self.resolved.model_config)
         self.peak_flops = peak_flops(self.world.device, compute_dtype)
-        self.last_eval: dict[str, float] = {}
+        self.last_eval: dict[str, float | None] = {}
         self.unigram_entropy: float | None = None
         self.started = time.perf_counter()
         self.first_step = self.state.step
-        self.eos_id = self.train_data.sources[0].shards.manifest.eos_id
+        self.reported_tokens = self.state.tokens
+        self.eos_id = self.train_data.eos_id
 
     def run(self) -> int:
         """Steps until the duration is reached or something stops it. Returns the exit code of `trainer.run.run`."""
@@ -285,16 +292,18 @@ class Loop:
         profile = profiler(self.config.profile, resolved.run_folder / "profile", rank=self.world.rank)
         self.model.train()
         with self.signals, contextlib.closing(batches), profile as profile_step:
+            if self.config.eval_first and state.step == 0:
+                self.evaluate()
             if state.evaluated < state.step:
                 self._evaluate_if_due()  # a signal took its place
             while state.step < resolved.steps:
                 with self.timer("data"):
-                    micro_batches = [
-                        model_inputs(ids, resolved.model_config, self.eos_id) for ids in batches.get(state.step)
-                    ]
-                    counted = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro_batches)
-                counted_everywhere, stop, save_failed = self.world.sum(
-                    counted, self.signals.received, self.checkpointer.failed
+                    arrays = batches.get(state.step)
+                    micro_batches = [self._batch(self.train_data, array) for array in arrays]
+                    read = sum(self.train_data.tokens(array) for array in arrays) if self.world.counts else 0
+                    counted = sum(self._counted(batch) for batch in micro_batches)
+                counted_everywhere, read_everywhere, stop, save_failed = self.world.sum(
+                    counted, read, self.signals.received, self.checkpointer.failed
                 )
                 if save_failed:
                     self.checkpointer.wait()  # raises: a save failed in the background, and on_save_error is "stop"
@@ -305,7 +314,7 @@ class Loop:
                 if row is None:
                     return NON_FINITE
                 state.step += 1
-                state.tokens += resolved.tokens_per_step
+                state.tokens += int(read_everywhere)
                 profile_step()
                 self._report(row)
                 self._evaluate_if_due()
@@ -320,11 +329,43 @@ class Loop:
         return 0
 
     def _micro_batches(self) -> list[range]:
-        """This rank's rows of every global batch, a range per micro-batch."""
-        per_rank = self.config.global_train_batch_size // self.world.size
-        first = self.world.rank * per_rank
+        """This rank's rows of every global batch, a range per micro-batch. Ranks that share sequences have the same."""
+        per_rank = self.config.global_train_batch_size // self.world.data_size
+        first = self.world.data_rank * per_rank
         size = self.resolved.micro_batch
         return [range(first + i, first + min(i + size, per_rank)) for i in range(0, per_rank, size)]
+
+    def _counted(self, batch: dict[str, torch.Tensor]) -> int:
+        """Labels that count, 0 where another of the ranks that share the sequences counts them."""
+        return int((batch["labels"][:, 1:] != -100).sum()) if self.world.counts else 0
+
+    def _context(self, batch: dict[str, torch.Tensor]) -> ContextSplit | None:
+        """How this rank shares a batch's sequences with others, if it does."""
+        if self.world.context is None:
+            return None
+        masks = {name: batch.get(name) for name in ("attention_mask", "sequence_id")}
+        return self.world.context.split(batch["labels"].shape[1], alibi_slopes=self.slopes, **masks)
+
+    def _forward(
+        self, batch: dict[str, torch.Tensor], num_items_in_batch: float, context: ContextSplit | None
+    ) -> torch.Tensor:
+        """The sum of losses over num_items_in_batch, of a batch on the CPU or of this rank's part of its sequences."""
+        batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
+        out = self.model(
+            **batch,
+            num_items_in_batch=num_items_in_batch,
+            return_logits=False,
+            return_dict=True,
+            use_cache=False,
+            context=context,
+        )
+        return out.loss
+
+    def _batch(self, data: Data, array: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the model's forward for an array that `data` gave, on the CPU."""
+        attn = self.resolved.model_config.attn_config
+        arguments = data.arguments(array, sequence_id=attn.attn_uses_sequence_id, prefix_mask=attn.prefix_lm)
+        return {name: torch.from_numpy(value) for name, value in arguments.items()}
 
     def _forward_backward(self, micro_batches: list[dict[str, torch.Tensor]], counted: float) -> torch.Tensor:
         """Gradients of the global batch's mean loss; returns this rank's share of that loss, a scalar."""
@@ -335,8 +376,7 @@ class Loop:
             last = i == len(micro_batches) - 1
             synchronise_gradients(self.model, last or self.config.fsdp_config.reduce_every_microbatch)
             with self.timer("forward"):
-                batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
-                loss = self.model(**batch, num_items_in_batch=counted, return_logits=False, return_dict=True).loss
+                loss = self._forward(batch, counted, self._context(batch))
             with self.timer("backward"):
                 # FSDP averages gradients over ranks, and the loss is already divided by the global count.
                 (loss * self.world.size).backward()
@@ -389,7 +429,8 @@ class Loop:
         if state.step % interval and state.step not in (self.first_step + 1, self.resolved.steps):
             return
         window = self.timer.window()
-        tokens_per_s = window.steps * self.resolved.tokens_per_step / window.seconds
+        tokens_per_s = (state.tokens - self.reported_tokens) / window.seconds
+        self.reported_tokens = state.tokens
         per_device = tokens_per_s / self.world.size
         self.loggers.log(
             {
@@ -414,23 +455,34 @@ class Loop:
         """Mean loss per token over the validation split, exact: every token once, whatever the number of ranks.
 
         With eval_subset_num_batches, over that many times the evaluation batch size's first sequences. A signal to stop
-        ends it without a result.
+        ends it without a result. Of examples the labels are their responses', and their share of right tokens is told.
         """
         if self.eval_data is None:
             return
         self.model.eval()
+        total, counted, accuracy = 0.0, 0, TokenAccuracy(self.model)
+        of_examples = isinstance(self.eval_data, ExampleBatches)
         batch_size, subset = self.resolved.eval_batch_size, self.config.eval_subset_num_batches
-        result = mean_loss(
-            self.model,
-            self.eval_data,
-            self.world,
-            batch_size=batch_size,
-            sequences=None if subset < 0 else subset * batch_size,
-            stopped=lambda: self.signals.received,
-        )
-        if result is None:
-            return
-        self.last_eval = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
+        sequences = None if subset < 0 else subset * batch_size
+        with torch.no_grad(), accuracy if of_examples else contextlib.nullcontext():
+            part, parts = self.world.data_rank, self.world.data_size
+            for array, valid in self.eval_data.eval_batches(part, parts, batch_size, sequences):
+                batch = self._batch(self.eval_data, array)
+                batch["labels"] = batch["labels"].clone()
+                batch["labels"][valid:] = -100
+                counted += self._counted(batch)
+                context = self._context(batch)
+                accuracy.expect(batch["labels"], context)
+                total += float(self._forward(batch, 1, context))
+                if any(self.world.sum(self.signals.received)):
+                    return
+        loss_sum, tokens, correct = self.world.sum(total, counted, accuracy.correct)
+        loss = loss_sum / max(tokens, 1.0)
+        self.last_eval = {
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(min(loss, 700.0)),
+            "eval_token_accuracy": correct / max(tokens, 1.0) if of_examples else None,
+        }
         self.state.evaluated = self.state.step
         self.loggers.evaluation({"step": self.state.step, "tokens": self.state.tokens, **self.last_eval})
         self.model.train()
@@ -478,7 +530,7 @@ class Loop:
 def _finish(loop: Loop) -> None:
     """What a finished run leaves for its user: how good it is, a sample of its text, an export for transformers."""
     config, resolved, folder = loop.config, loop.resolved, loop.resolved.run_folder
-    if loop.eval_data is not None:
+    if isinstance(loop.eval_data, TokenBatches):
         shards = loop.eval_data.sources[0].shards
         loop.unigram_entropy = unigram_entropy(shards.manifest.folder, shards.split)
         loop.loggers.message(
@@ -488,12 +540,14 @@ def _finish(loop: Loop) -> None:
     if config.export:
         tokenizer = resolved.tokenizer_path
         tokenizer_files = [tokenizer, *settings_files(tokenizer)] if tokenizer is not None else []
-        model_config = copy.deepcopy(resolved.model_config)
+        model_config = build_model_config(config)
         if model_config.eos_token_id is None:
             model_config.eos_token_id = loop.eos_id
         export_hf(loop.model, model_config, folder / "export", tokenizer_files=tokenizer_files)
         loop.loggers.message(f"exported for transformers: {folder / 'export'}")
-    if resolved.tokenizer_path is not None:
+    if isinstance(loop.train_data, ExampleBatches):
+        _write_answers(loop)
+    elif resolved.tokenizer_path is not None:
         text = _sample(loop, resolved.tokenizer_path)
         loop.loggers.message(f"a sample:\n{text}")
         if loop.world.rank == 0:
@@ -501,6 +555,22 @@ def _finish(loop: Loop) -> None:
                 replace_file(folder / "sample.txt", (text + "\n").encode())
             except OSError as e:
                 loop.loggers.message(f"warning: {folder / 'sample.txt'} could not be written ({e.strerror})")
+
+
+def _write_answers(loop: Loop) -> None:
+    """The fine-tuned model's answers, into the log and samples.md. Collective."""
+    config, path = loop.config, loop.resolved.tokenizer_path
+    assert isinstance(loop.train_data, ExampleBatches) and path is not None
+    held_out = loop.eval_data if isinstance(loop.eval_data, ExampleBatches) else loop.train_data
+    questions = samples.questions(config.train_loader.dataset, config.sample_prompts, Encoder(path), held_out)
+    answers = samples.answer(loop.model, questions, Encoder(path), SAMPLE_TOKENS)
+    loop.loggers.message("\n".join(samples.line(q, answer) for q, answer in zip(questions, answers)))
+    if loop.world.rank == 0:
+        try:
+            text = samples.markdown(config.run_name, loop.state.step, questions, answers)
+            replace_file(loop.resolved.run_folder / "samples.md", text.encode())
+        except OSError as e:
+            loop.loggers.message(f"warning: samples.md could not be written ({e.strerror})")
 
 
 def _sample(loop: Loop, tokenizer_path: Path) -> str:

@@ -70,6 +70,35 @@ class TokenBatches:
         """Which source (its place in the mix) each row of global batch `step` comes from: int64 (len(rows),)."""
         return self._locate(step, rows)[0]
 
+    @property
+    def eos_id(self) -> int:
+        return self.sources[0].shards.manifest.eos_id
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a sequence."""
+        return float(self.seq_len)
+
+    def tokens(self, ids: npt.NDArray[np.int64]) -> int:
+        """Tokens in rows of `batch`."""
+        return ids.size
+
+    def arguments(
+        self, ids: npt.NDArray[np.int64], *, sequence_id: bool, prefix_mask: bool
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Arguments of the model's forward for rows of `batch`: every token is an input and a label.
+
+        sequence_id: whether the model takes sequence ids; a document ends with its end-of-document token. prefix_mask:
+        whether it takes a prefix, an empty one.
+        """
+        out: dict[str, npt.NDArray[Any]] = {"input_ids": ids, "labels": ids}
+        if sequence_id:
+            ends = np.cumsum(ids == self.eos_id, axis=1)
+            out["sequence_id"] = np.pad(ends[:, :-1], ((0, 0), (1, 0)))
+        if prefix_mask:
+            out["prefix_mask"] = np.zeros(ids.shape, dtype=bool)
+        return out
+
     def eval_batches(
         self, rank: int, world: int, batch_size: int, sequences: int | None = None
     ) -> Iterator[tuple[npt.NDArray[np.int64], int]]:

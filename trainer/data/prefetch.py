@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.batches import TokenBatches
+from trainer.data.finetune import ExampleBatches
 
 Arrays = list[npt.NDArray[np.int64]]
 
@@ -16,12 +17,16 @@ class Prefetcher:
     """Keeps the arrays of the next `depth` steps ready, from `start_step` on; depth 0 reads when asked, no thread.
 
     micro_batches(step) gives the row ranges of this rank's micro-batches; `get(step)` their arrays, each int64
-    (len(range), seq_len). An exception of the reading thread is raised by the `get` of its step. Use as a context
-    manager, or call `close`.
+    (len(range), ...) as the batches' `batch` gives them. An exception of the reading thread is raised by the `get` of
+    its step. Use as a context manager, or call `close`.
     """
 
     def __init__(
-        self, batches: TokenBatches, micro_batches: Callable[[int], list[range]], start_step: int, depth: int
+        self,
+        batches: TokenBatches | ExampleBatches,
+        micro_batches: Callable[[int], list[range]],
+        start_step: int,
+        depth: int,
     ) -> None:
         self._batches = batches
         self._micro_batches = micro_batches

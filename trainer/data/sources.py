@@ -11,11 +11,11 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from trainer.data import mds
 from trainer.data.mds import Document
@@ -28,6 +28,9 @@ ZSTD_CHUNK = 1 << 16
 # What `datasets.save_to_disk` writes beside its Arrow files.
 NOT_DATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+ROWS = ("jsonl", "parquet", "arrow")  # kinds of files whose documents are rows of fields
+T = TypeVar("T")
+
 DOCUMENT_UNITS = ("file", "paragraph", "line")
 
 
@@ -216,11 +219,11 @@ def read_piece(piece: Piece, reading: Reading) -> Iterator[Document]:
             _mds_shards(path)[piece.start], reading.text_field, reading.mds_dtype
         )
     elif piece.kind == "jsonl":
-        documents = _read_jsonl(piece, reading.text_field)
+        documents = (text for _, text in _read_jsonl(piece, partial(_text_of, field=reading.text_field)))
     elif piece.kind == "text":
         documents = _read_text(path, reading.document_unit)
     else:
-        documents = _read_table(piece, reading.text_field)
+        documents = _read_column(piece, reading.text_field)
     for document in documents:
         if len(document) and not (isinstance(document, str) and document.isspace()):
             yield document
@@ -273,8 +276,11 @@ class _ZstdFile(io.RawIOBase):
         super().close()
 
 
-def _read_jsonl(piece: Piece, field: str) -> Iterator[str]:
-    """A line belongs to the piece that holds its first byte."""
+def _read_jsonl(piece: Piece, take: Callable[[object], T]) -> Iterator[tuple[int, T]]:
+    """(line, take(its value)) for the lines of a piece that are not blank; lines count from 1 in the piece.
+
+    A line belongs to the piece that holds its first byte. A ValueError of `take` is raised with the place.
+    """
     path = Path(piece.path)
     with _open(path) as file:
         line_start = piece.start
@@ -290,11 +296,12 @@ def _read_jsonl(piece: Piece, field: str) -> Iterator[str]:
             if not line:
                 return
             try:
-                if line.strip():
-                    yield _text_of(json.loads(line), field)
+                value = (number + 1, take(json.loads(line))) if line.strip() else None
             except Exception as error:  # JSON's, UTF-8's and ours
                 number += _lines_before(path, piece.start) + 1
                 raise InputError(f"{path}, line {number}: {_reason(error)}; repair or remove the line") from None
+            if value is not None:
+                yield value
             number += 1
             line_start += len(line)
 
@@ -367,34 +374,65 @@ def _bad_line(path: Path) -> int:
     return 0
 
 
-def _read_table(piece: Piece, field: str) -> Iterator[str]:
-    """Rows of a Parquet or Arrow file. The row number in an error counts from the start of the piece's row group."""
+def _read_column(piece: Piece, field: str) -> Iterator[str]:
+    """A column of texts. The row number in an error counts from the start of the piece's row group."""
+    for row, values in _read_table(piece, field):
+        text = values[field]
+        if not isinstance(text, str):
+            raise InputError(
+                f"{piece.path}: row {row} of row group {piece.start}: {field!r} is {type(text).__name__}, expected "
+                "text; repair the file or leave it out"
+            )
+        yield text
+
+
+def _read_table(piece: Piece, field: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) for the rows of a Parquet or Arrow file, counted from 0 in the piece. field: only this column."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         if piece.kind == "parquet":
             table = pyarrow.parquet.ParquetFile(piece.path)
-            names = table.schema_arrow.names
-            batches = table.iter_batches(256, row_groups=range(piece.start, piece.stop), columns=_column(names, field))
+            columns = _columns(table.schema_arrow.names, field)
+            groups = range(piece.start, table.num_row_groups if piece.stop < 0 else piece.stop)
+            batches = table.iter_batches(256, row_groups=groups, columns=columns)
         else:
             stream = pyarrow.ipc.open_stream(pyarrow.memory_map(piece.path))
-            _column(stream.schema.names, field)
-            batches = (batch.select([field]) for batch in stream)
+            columns = _columns(stream.schema.names, field)
+            batches = (batch.select(columns) for batch in stream)
         row = 0
         for batch in batches:
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"row {row} of row group {piece.start}: {field!r} is {type(text).__name__}, expected text"
-                    )
-                yield text
+            for values in batch.to_pylist():
+                yield row, values
                 row += 1
     except (ValueError, OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{piece.path}: {error}; repair the file or leave it out") from None
 
 
-def _column(names: list[str], field: str) -> list[str]:
-    if field not in names:
+def _columns(names: list[str], field: str | None) -> list[str]:
+    if field is not None and field not in names:
         raise ValueError(f"no column {field!r} (--text-field); the columns are {', '.join(names)}")
-    return [field]
+    return names if field is None else [field]
+
+
+def read_rows(file: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) for every line of a JSON lines file or row of a Parquet or Arrow file; the place for an error.
+
+    Lines count from 1, rows from 0. InputError names a line that cannot be read, and a file of another kind.
+    """
+    piece = Piece(str(file.path), file.kind, False, file.size)
+    if file.kind == "jsonl":
+        for line, values in _read_jsonl(piece, _object):
+            yield f"{file.path}, line {line}", values
+    elif file.kind in ROWS:
+        for row, values in _read_table(piece):
+            yield f"{file.path}, row {row}", values
+    else:
+        raise InputError(f"{file.path}: holds no examples; give JSON lines (.jsonl), Parquet, or a hub data set")
+
+
+def _object(row: object) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__}, expected an object with an example's fields")
+    return row

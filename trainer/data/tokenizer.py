@@ -67,10 +67,12 @@ def settings_files(tokenizer: Path) -> list[Path]:
     return [tokenizer.parent / name for name in SETTINGS if (tokenizer.parent / name).is_file()]
 
 
-def find_eos(tokenizer: Path, given: str | None = None) -> tuple[str, int]:
+def find_eos(
+    tokenizer: Path, given: str | None = None, *, remedy: str = "name the token that ends a document with --eos"
+) -> tuple[str, int]:
     """The token that ends a document, and its id: `given`, else the settings' eos_token, else `<|endoftext|>`.
 
-    InputError where the tokenizer has no such token.
+    InputError where the tokenizer has no such token; remedy: what to do then.
     """
     ids = added_tokens(tokenizer)
     if given is not None:
@@ -81,15 +83,15 @@ def find_eos(tokenizer: Path, given: str | None = None) -> tuple[str, int]:
         try:
             eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
         except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-            raise InputError(f"{path}: not a JSON mapping ({error}); repair it, or remove it and give --eos") from None
+            raise InputError(f"{path}: not a JSON mapping ({error}); repair or remove it") from None
         eos = eos.get("content") if isinstance(eos, dict) else eos
         if eos in ids:
             return eos, ids[eos]
     if DEFAULT_EOS in ids:
         return DEFAULT_EOS, ids[DEFAULT_EOS]
     raise InputError(
-        f"{tokenizer}: no eos_token in the settings beside it and no {DEFAULT_EOS}; name the token that ends a "
-        f"document with --eos; added tokens are {_some(ids)}"
+        f"{tokenizer}: no eos_token in the settings beside it and no {DEFAULT_EOS}, which would end a document; "
+        f"{remedy}; added tokens are {_some(ids)}"
     )
 
 

@@ -18,7 +18,7 @@ from launch import ROOT, environment, launch
 
 from mpt.checkpoint import open_checkpoint
 from mpt.convert import convert
-from scripts import check_run
+from scripts import check_run, evaluate
 from trainer import InputError, load_config, run
 
 # `import trainer.run` would give the function of that name.
@@ -190,6 +190,17 @@ def test_evaluation_is_the_mean_over_every_validation_token(whole: Path, data: P
         logits = model(sequences).logits.double()
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 304), sequences[:, 1:].reshape(-1))
     assert rows(whole, "eval_loss")[12]["eval_loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_the_run_evaluated_afterwards_gives_its_own_figure(whole: Path, data: Path, tmp_path: Path) -> None:
+    """By the script, from its checkpoint and from its export."""
+    own = rows(whole, "eval_loss")[12]
+    for checkpoint in (whole, whole / "export"):
+        command = [str(checkpoint), "--data", str(data), "--device", "cpu", "--json", str(tmp_path / "out.json")]
+        assert evaluate.main(command) == 0
+        found = json.loads((tmp_path / "out.json").read_text())["data"]
+        assert found["loss"] == pytest.approx(own["eval_loss"], rel=1e-6)
+        assert found["perplexity"] == pytest.approx(own["eval_perplexity"], rel=1e-5)
 
 
 @pytest.mark.parametrize("step", range(1, 12))

@@ -231,6 +231,7 @@ def _open_source(entry: MixEntry, split: str, seq_len: int) -> Source:
     if ends[-1] == 0:
         raise InputError(
             f"{shards.manifest.folder}: no shard of split {split!r} is as long as one sequence: {shards.tokens} tokens "
-            f"in {len(shards.shards)} shards, max_seq_len {seq_len}; prepare more text, or lower max_seq_len"
+            f"in {len(shards.shards)} shards, max_seq_len {seq_len}; prepare more text, or "
+            "lower max_seq_len (for a finished model: --seq-len)"
         )
     return Source(shards, entry.weight, ends)

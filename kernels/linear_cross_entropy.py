@@ -41,6 +41,7 @@ from kernels.product import product
 
 _CPU_ELEMENTS = 2**24  # logits of a chunk: enough that adding to dweight costs little beside the matrix products
 _GPU_ELEMENTS = 2**28
+_CPU_ROWS = 64  # a multiple of it, so that few shapes of products occur
 _CACHED_ELEMENTS = 2**20  # logits between whose passes nothing leaves a CPU's cache
 
 
@@ -279,7 +280,7 @@ def _run(
     losses = torch.zeros(tokens, dtype=up, device=hidden.device)
     dh = torch.empty(tokens if grads[0] else 0, d, dtype=low, device=hidden.device)
     dw = torch.zeros(weight.shape if grads[1] else (0, d), dtype=up, device=hidden.device)
-    ranges = _chunks(tokens, vocab, chunk_size, hidden.device)
+    ranges = _chunks(tokens, vocab, chunk_size, hidden.device, _CPU_ROWS)
     block = max(1, _CACHED_ELEMENTS // vocab) if hidden.device.type == "cpu" else n
     for i, j in ranges:
         z_low = product(h[i:j], w)

@@ -10,6 +10,7 @@ import math
 import platform
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _LEAST = 2**21  # multiplications below which the call's overhead decides
@@ -33,13 +34,24 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     linear = torch.ops.mkldnn._linear_pointwise
     if m <= _SOME and k > _TERMS[0]:
         return torch.mm(a, b.mT)
+    if (rows := _rounded(m)) != m:
+        a = F.pad(a, (0, 0, 0, rows - m))
     if not _TERMS[0] < k < _TERMS[1]:
-        return linear(_dense(a), _dense(b), None, "none", [], "")
+        return linear(_dense(a), _dense(b), None, "none", [], "").narrow(0, 0, m)
     step = -(-k // -(-k // _PART))
     out = linear(_dense(a[:, :step]), _dense(b[:, :step]), None, "none", [], "")
     for i in range(step, k, step):
         out = linear.binary(_dense(a[:, i : i + step]), out, _dense(b[:, i : i + step]), None, "add")
-    return out
+    return out.narrow(0, 0, m)
+
+
+def _rounded(rows: int) -> int:
+    """At most 64 more, and at most an eighth. oneDNN keeps something for every shape that it has seen, and what it
+    keeps lies between the results on the heap: where the number of tokens is another each time, memory would grow by
+    megabytes a call.
+    """
+    step = min(64, max(1, 1 << (rows.bit_length() - 4)))
+    return -(-rows // step) * step
 
 
 def _fp32_on_cpu(a: Tensor) -> bool:

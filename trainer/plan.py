@@ -234,6 +234,7 @@ def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, mi
                                                           else c.n_layers) * block)}  # fmt: skip
     keys = 2 * micro_batch * config.max_seq_len * c.kv_heads * c.d_head * width if context > 1 else 0
     group = {"keys of the group": keys * (3 + (c.n_layers if mode == "none" else 1))}
+    step = _step_temporaries(c, config.optimizer.decay_all, shard, average) if lion and device_type == "cpu" else 0
     early = {"gradients": shards if accumulates and not whole else 0}
     unreduced = n * reduce_width
     late = {"gradients": shards, inputs: kept // c.n_layers}
@@ -244,7 +245,7 @@ def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, mi
         model | group | early | {"unreduced gradients": unreduced if whole else one_block, inputs: kept,
                          "one block's work": work},
         model | group | late | {"unreduced gradients": one_block, "one block's work": work},
-        state | {"gradients": shards, "optimizer step": _step_temporaries(shards, average, lion, device_type)},
+        state | {"gradients": shards, "optimizer step": step},
     ]  # fmt: skip
 
 
@@ -325,11 +326,14 @@ def _loss(c: MptConfig, tokens: int, width: int, device_type: str) -> int:
     return head * FP32 + max(logits + part, scaled) + 4 * tokens * c.d_model * width
 
 
-def _step_temporaries(shards: int, average: int, lion: bool, device_type: str) -> int:
-    """Lion's updates on plain torch, and its averages in fp32 where they are kept in bf16."""
-    if not lion or device_type == "cuda":
-        return 0
-    return shards * (1 if average == FP32 else 2)
+def _step_temporaries(c: MptConfig, decay_all: bool, shard: int, average: int) -> int:
+    """Lion's updates on plain torch, and its averages in fp32 where they are kept in bf16: of one group of parameters
+    at a time, the matrices or (almost only) the embeddings.
+    """
+    n = count_parameters(c)
+    embeddings = c.d_model * (c.vocab_size + (c.max_seq_len if c.learned_positions else 0))
+    largest = n if decay_all else max(embeddings, n - embeddings)
+    return _ceil(largest, shard) * FP32 * (1 if average == FP32 else 2)
 
 
 def _ceil(a: int, b: int) -> int:

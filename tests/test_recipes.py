@@ -36,7 +36,7 @@ FINETUNES = {
 # base, learning rate, global batch, length, steps, alibi_bias_max, processes
 STORYWRITERS = {
     "mpt-7b-storywriter": ("mpt-7b", 2e-6, 8, 65536, 2500, 16, 8),
-    "mpt-tiny-storywriter": ("mpt-tiny", 1e-4, 4, 2048, 120, 8, 2),
+    "mpt-tiny-storywriter": ("mpt-tiny", 3e-4, 4, 2048, 120, 8, 2),
 }
 BASES = {name: values[0] for name, values in (FINETUNES | STORYWRITERS).items()}
 GIB = 2**30

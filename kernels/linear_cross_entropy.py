@@ -298,7 +298,7 @@ def _run(
             dw.addmm_(z_low.mT, h[i:j])
         elif grads[1]:
             dw.add_(torch.mm(z_low.mT, h[i:j]))
-        del z_low  # before the next chunk's is made
+        del z_low, z  # before the next chunk's is made; z may be a view of it
     if not every:
         losses = losses.new_zeros(n).index_copy_(0, counted, losses)
         dh = dh.new_zeros(n, d).index_copy_(0, counted, dh) if grads[0] else dh

@@ -2,9 +2,10 @@
 
     p *= 1 - decay;  p -= lr * sign(b1*m + (1-b1)*g);  m = b2*m + (1-b2)*g;  sign(0) = sign(NaN) = 0
 
-The moving average m decides the arithmetic's dtype on plain torch, so fp32 averages serve bf16 parameters and
-gradients. The kernel always computes in fp32, and with fp32 averages rounds where torch does; it reads and writes each
-tensor once, in one launch for all tensors of the same dtypes.
+On plain torch the arithmetic is in the wider dtype of p and m, so fp32 averages serve bf16 parameters and gradients,
+and bf16 averages (half the memory, each rounded once a step) leave fp32 parameters as exact as they were. The kernel
+always computes in fp32, and with fp32 averages rounds where torch does; it reads and writes each tensor once, in one
+launch for all tensors of the same dtypes.
 """
 
 import functools
@@ -165,16 +166,19 @@ def _op(
 ) -> None:
     if triton:
         return _lion_step(params, grads, exp_avgs, lr, beta1, beta2, decay)
-    grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs)]
-    updates = torch._foreach_mul(exp_avgs, beta1)
+    # itself where the dtypes agree
+    wide_m = [m.to(torch.promote_types(p.dtype, m.dtype)) for p, m in zip(params, exp_avgs)]
+    wide = [p.to(m.dtype) for p, m in zip(params, wide_m)]
+    grads = [g.to(m.dtype) for g, m in zip(grads, wide_m)]
+    updates = torch._foreach_mul(wide_m, beta1)
     torch._foreach_add_(updates, grads, alpha=1 - beta1)
     torch._foreach_sign_(updates)
-    wide = [p.to(m.dtype) for p, m in zip(params, exp_avgs)]  # itself where the dtypes agree
     torch._foreach_mul_(wide, 1 - decay)
     torch._foreach_add_(wide, updates, alpha=-lr)
     torch._foreach_copy_(params, wide)
-    torch._foreach_mul_(exp_avgs, beta2)
-    torch._foreach_add_(exp_avgs, grads, alpha=1 - beta2)
+    torch._foreach_mul_(wide_m, beta2)
+    torch._foreach_add_(wide_m, grads, alpha=1 - beta2)
+    torch._foreach_copy_(exp_avgs, wide_m)
 
 
 @_op.register_fake

@@ -209,6 +209,8 @@ def lion_step(
     decay: float,
 ) -> None:
     """p *= 1 - decay; p -= lr*sign(b1*m + (1-b1)*g); m = b2*m + (1-b2)*g, in place."""
-    for p, g, m in zip(params, (g.to(m.dtype) for g, m in zip(grads, exp_avgs)), exp_avgs, strict=True):
-        p.copy_(p.to(m.dtype) * (1 - decay) - lr * torch.sign(betas[0] * m + (1 - betas[0]) * g))
-        m.copy_(betas[1] * m + (1 - betas[1]) * g)
+    for p, g, m in zip(params, grads, exp_avgs, strict=True):
+        up = torch.promote_types(p.dtype, m.dtype)
+        g_up, m_up = g.to(up), m.to(up)
+        p.copy_(p.to(up) * (1 - decay) - lr * torch.sign(betas[0] * m_up + (1 - betas[0]) * g_up))
+        m.copy_(betas[1] * m_up + (1 - betas[1]) * g_up)

@@ -23,6 +23,7 @@ from mpt.cache import CacheStep, LayerStep, MptCache
 from mpt.config import MptConfig
 from mpt.context import ContextSplit
 from mpt.initialize import init_weights
+from mpt.offload import HostOffload
 from mpt.outputs import BaseModelOutputWithPastAndCrossAttentions
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
@@ -167,16 +168,17 @@ class MptAttention(nn.Module):
 
 
 class MptMLP(nn.Module):
-    """down_proj(gelu(up_proj(x))), GELU exact."""
+    """down_proj(gelu(up_proj(x))), GELU exact. chunk_size: tokens at a time, for kernels.mlp; None: all at once."""
 
     def __init__(self, config: MptConfig) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.d_model, config.d_ffn, bias=not config.no_bias)
         self.down_proj = nn.Linear(config.d_ffn, config.d_model, bias=not config.no_bias)
+        self.chunk_size: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.up_proj, self.down_proj
-        return kernels.mlp(x, up.weight, down.weight, up.bias, down.bias)
+        return kernels.mlp(x, up.weight, down.weight, up.bias, down.bias, chunk_size=self.chunk_size)
 
 
 class MptBlock(nn.Module):
@@ -466,16 +468,27 @@ class MptModel(MptPreTrainedModel):
             self.wpe = nn.Embedding(config.max_seq_len, config.d_model) if config.learned_positions else None
             self.blocks = nn.ModuleList(MptBlock(config) for _ in range(config.n_layers))
             self.norm_f = MptNorm(config.d_model, config)
+        self._offload = False
         self._slopes: dict[torch.device, Tensor] = {}  # ALiBi's slopes by device: no buffer, so no key in a checkpoint
         self._materialize(device)
 
-    def set_activation_checkpointing(self, mode: ActivationCheckpointing) -> None:
+    def set_activation_checkpointing(self, mode: ActivationCheckpointing, *, offload: bool = False) -> None:
         """What the blocks keep for the backward in train mode: "none" recomputes nothing, "full" keeps a block's input
-        only, "selective" its attention outputs as well, which are the dearest to compute again.
+        only, "selective" its attention outputs as well, which are the dearest to compute again. offload: the inputs of
+        blocks are kept in host memory, see mpt.offload; not with "none", where they are the smallest part.
         """
+        if offload and mode == "none":
+            raise ValueError('offload=True keeps the inputs of blocks that recompute the rest: mode must not be "none"')
+        self._offload = offload
         for block in self.blocks:
             assert isinstance(block, MptBlock)
             block.activation_checkpointing = mode
+
+    def set_mlp_chunk_size(self, tokens: int | None) -> None:
+        """How many tokens the blocks' MLPs take at a time; None: all. See kernels.mlp."""
+        for block in self.blocks:
+            assert isinstance(block, MptBlock)
+            block.ffn.chunk_size = tokens
 
     def forward(
         self,
@@ -537,6 +550,7 @@ class MptModel(MptPreTrainedModel):
 
         hidden: list[Tensor] = []
         attentions: list[Tensor] = []
+        offload = HostOffload() if self._offload and self.training and torch.is_grad_enabled() else None
         for i, block in enumerate(self.blocks):
             if output_hidden_states:
                 hidden.append(x)
@@ -544,6 +558,9 @@ class MptModel(MptPreTrainedModel):
             if output_attentions:
                 x, probabilities = block(x, rules, output_attentions=True, **more)
                 attentions.append(probabilities)
+            elif offload is not None:
+                with offload.input(x):
+                    x = block(x, rules)
             else:
                 x = block(x, rules, **more)
         x = self.norm_f(x)

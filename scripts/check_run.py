@@ -16,11 +16,12 @@ from trainer.data import unigram_entropy
 def learned(run: Path) -> tuple[float, float, str]:
     """The run's validation loss, what it has to be under, in nats per token, and what that is.
 
-    Of token shards: the unigram entropy of the corpus. Of examples: the loss before the first step.
+    Of token shards: the unigram entropy of the corpus. Of a fine-tune: the loss before the first step.
     """
-    loader = load_config(run / "config.yaml").train_loader
+    config = load_config(run / "config.yaml")
+    loader = config.train_loader
     loss = float(json.loads((run / "summary.json").read_text())["eval_loss"])
-    if loader.name == "finetuning":
+    if loader.name == "finetuning" or config.load_path is not None:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         base = next((row["eval_loss"] for row in rows if row["step"] == 0), None)
         if base is None:

@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 if TYPE_CHECKING:
     from trainer.data.prepare import PrepareOptions
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def parse(argv: list[str] | None = None) -> "PrepareOptions":
+    from trainer.data.encode import Rest
     from trainer.data.mds import TOKEN_DTYPES
     from trainer.data.prepare import PrepareOptions
     from trainer.data.sources import DOCUMENT_UNITS
@@ -48,6 +49,18 @@ def parse(argv: list[str] | None = None) -> "PrepareOptions":
     parser.add_argument(
         "--mds-dtype", choices=TOKEN_DTYPES, default="int64", help="integers of MDS columns `tokens` stored as bytes"
     )
+    parser.add_argument(
+        "--excerpt-tokens", type=int, metavar="N",
+        help="cut documents, such as books, into excerpts of N tokens that none leaves: your max_seq_len",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rest", choices=get_args(Rest), default="overlap",
+        help="with --excerpt-tokens, a document's last tokens: an excerpt that begins inside the one before it (the "
+        "default), one that is filled up, or left out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-tokens", type=int, metavar="M", help="with --excerpt-tokens, leave shorter rests out (default: N / 4)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace finished shards of other inputs or options")
     args = parser.parse_args(argv)
     val_fraction = args.val_fraction
@@ -57,7 +70,7 @@ def parse(argv: list[str] | None = None) -> "PrepareOptions":
         inputs=tuple(args.inputs), out=args.out, tokenizer=args.tokenizer, val_inputs=tuple(args.val),
         text_field=args.text_field, val_fraction=val_fraction, workers=args.workers, seed=args.seed, eos=args.eos,
         dtype=args.dtype, shard_tokens=args.shard_tokens, document_unit=args.documents, mds_dtype=args.mds_dtype,
-        overwrite=args.overwrite,
+        excerpt_tokens=args.excerpt_tokens, rest=args.rest, min_tokens=args.min_tokens, overwrite=args.overwrite,
     )  # fmt: skip
 
 

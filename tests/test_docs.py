@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 CHECKPOINTS = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 FINETUNING = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+LONG = (ROOT / "docs" / "long-context.md").read_text(encoding="utf-8")
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 DOCUMENTED_ONCE = "eval_loader"  # its section is train_loader's
 
@@ -89,7 +90,7 @@ def test_every_option_is_mentioned(program, page, capsys):
 
 def commands():
     """(program, arguments) of every train.py, prepare_data.py and convert_checkpoint.py in the pages' code blocks."""
-    for page in (TRAINING, FINETUNING, CHECKPOINTS, (ROOT / "README.md").read_text(encoding="utf-8")):
+    for page in (TRAINING, FINETUNING, LONG, CHECKPOINTS, (ROOT / "README.md").read_text(encoding="utf-8")):
         for block in re.findall(r"^```\n(.*?)^```", page, re.M | re.S):
             for line in block.splitlines():
                 words = shlex.split(line) if line.startswith(("python ", "torchrun ")) else []

@@ -49,12 +49,16 @@ def test_triton_gives_the_very_bits_of_plain_torch(dtypes: tuple[torch.dtype, ..
     assert copies[2][-1][0, 0].isnan() and not copies[0][-1].isnan().any()
 
 
-@pytest.mark.parametrize("p, g, m", [(F32, F32, BF16), (BF16, BF16, BF16), (BF16, F32, F16), (F16, F16, F16)])
-def test_triton_with_low_precision_averages(p: torch.dtype, g: torch.dtype, m: torch.dtype):
+@pytest.mark.parametrize(
+    "p, g, m, backend",
+    [(F32, F32, BF16, "torch"), (F32, F32, BF16, "reference"), (F32, F32, BF16, "triton")]
+    + [(p, g, m, "triton") for p, g, m in ((BF16, BF16, BF16), (BF16, F32, F16), (F16, F16, F16))],
+)
+def test_low_precision_averages(p: torch.dtype, g: torch.dtype, m: torch.dtype, backend: str):
     """Computed in fp32, so as near to float64 as what is stored allows."""
     params, grads, averages = ([torch.randn(500, 3).to(dtype)] for dtype in (p, g, m))
     exact = [[t.double() for t in ts] for ts in (params, grads, averages)]
-    kernels.lion_step(params, grads, averages, lr=0.01, betas=(0.9, 0.99), decay=0.1, backend="triton")
+    kernels.lion_step(params, grads, averages, lr=0.01, betas=(0.9, 0.99), decay=0.1, backend=backend)
     clear = (0.9 * exact[2][0] + 0.1 * exact[1][0]).abs() > 1e-5  # elsewhere a rounding decides the sign
     reference.lion_step(*exact, lr=0.01, betas=(0.9, 0.99), decay=0.1)
     assert clear.float().mean() > 0.9

@@ -33,6 +33,13 @@ FINETUNES = {
     "mpt-tiny-instruct": ("mpt-tiny", 1e-3, (0.9, 0.95), 4, 512, "1ep", True, 2),
     "mpt-tiny-chat": ("mpt-tiny", 1e-3, (0.9, 0.95), 4, 512, "1ep", True, 2),
 }
+# base, learning rate, global batch, length, steps, alibi_bias_max, processes
+STORYWRITERS = {
+    "mpt-7b-storywriter": ("mpt-7b", 2e-6, 8, 65536, 2500, 16, 8),
+    "mpt-tiny-storywriter": ("mpt-tiny", 3e-4, 4, 2048, 120, 8, 2),
+}
+BASES = {name: values[0] for name, values in (FINETUNES | STORYWRITERS).items()}
+GIB = 2**30
 PUBLISHED_PARAMETERS = {"mpt-7b": 6_649_286_656, "mpt-30b": 29_957_200_896}
 
 
@@ -48,8 +55,8 @@ def load(tmp_path):
     """Loads a recipe; a fine-tune's base is a folder with the base recipe's configuration."""
 
     def load(name, *overrides):
-        if name in FINETUNES:
-            build_model_config(load_config(f"yaml/{FINETUNES[name][0]}.yaml")).save_pretrained(tmp_path)
+        if name in BASES:
+            build_model_config(load_config(f"yaml/{BASES[name]}.yaml")).save_pretrained(tmp_path)
             overrides = (f"model.pretrained={tmp_path}", *overrides)
         return load_config(f"yaml/{name}.yaml", overrides)
 
@@ -57,14 +64,14 @@ def load(tmp_path):
 
 
 def test_the_recipes_are_all_here():
-    assert {"mpt-tiny", *PRETRAINING, *FINETUNES} <= set(RECIPES)
+    assert {"mpt-tiny", *PRETRAINING, *FINETUNES, *STORYWRITERS} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_loads_and_adds_up(name, load):
     config = load(name)
     assert config.run_name == name
-    world = {**PRETRAINING, **FINETUNES}.get(name, [2])[-1]
+    world = {**PRETRAINING, **FINETUNES, **STORYWRITERS}.get(name, [2])[-1]
     if name in FINETUNES:  # epochs, which need the data
         config = load(name, "max_duration=1000ba", "eval_interval=100ba", "save_interval=100ba")
     resolved = validate(config, world, open_data=False)
@@ -119,7 +126,27 @@ def test_values_of_the_fine_tunes(name, load):
     assert dataset.split != held_out.split and config.eval_first
 
 
-@pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b", "mpt-7b-chat", "mpt-30b-instruct"])
+@pytest.mark.parametrize("name", STORYWRITERS)
+def test_values_of_the_storywriters(name, load):
+    _, lr, batch, length, steps, bias_max, _ = STORYWRITERS[name]
+    config = load(name)
+    resolved = validate(config, 1, open_data=False)
+    attention = resolved.model_config.attn_config
+    assert (attention.clip_qkv, attention.alibi_bias_max) == (6, bias_max)
+    assert (config.max_seq_len, resolved.steps, config.global_train_batch_size) == (length, steps, batch)
+    assert (config.optimizer.name, config.optimizer.lr) == ("decoupled_lionw", lr) and config.eval_first
+    assert config.activation_checkpointing == "full"
+
+
+def test_storywriter_fits_what_it_should(load):
+    """One GPU of 139 GiB, and eight of 80 GB, with what CUDA itself takes to spare."""
+    config = load("mpt-7b-storywriter")
+    for world, gpu in ((1, 139 * GIB), (8, 80e9)):
+        resolved = validate(config, world, open_data=False)
+        assert plan(config, resolved, world).total_memory < 0.92 * gpu
+
+
+@pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b", "mpt-7b-chat", "mpt-30b-instruct", "mpt-7b-storywriter"])
 def test_what_was_not_published_is_said_so(name):
     comment = (ROOT / "yaml" / f"{name}.yaml").read_text().split("run_name:")[0]
     assert re.search(r"Not published", comment) and ("not what MosaicML ran" in comment or "so ours" in comment)

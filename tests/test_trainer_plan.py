@@ -82,12 +82,12 @@ def test_the_losss_chunk_is_the_kernels():
 
 
 def test_states_are_sharded_and_everything_else_is_not():
-    one, eight = of(make(), 1), of(make(), 8)
+    one, eight = of(make("global_train_batch_size=1"), 1), of(make("global_train_batch_size=8"), 8)
     n = 6_649_286_656
     assert one["weights"] == one["gradients"] == 4 * n and one["optimizer state"] == 8 * n
     for kind in ("weights", "gradients", "optimizer state"):
         assert eight[kind] == pytest.approx(one[kind] / 8, abs=8)
-    for kind in ("activations", "gathered weights", "loss"):
+    for kind in ("block inputs", "gathered weights", "one block's work"):
         assert eight[kind] == one[kind]
 
 
@@ -110,12 +110,15 @@ def test_accumulation_keeps_the_whole_models_gradients():
 
 def test_what_settings_do():
     base = of(make(), 8)
-    assert of(make("activation_checkpointing=none"), 8)["activations"] > 8 * base["activations"]
-    selective = of(make("activation_checkpointing=selective"), 8)["activations"]
-    assert base["activations"] < selective < 3 * base["activations"]
+    assert of(make("activation_checkpointing=none"), 8)["activations"] > 8 * base["block inputs"]
+    selective = of(make("activation_checkpointing=selective"), 8)["block inputs"]
+    assert base["block inputs"] < selective < 3 * base["block inputs"]
     assert of(make("fsdp_config.reshard_after_forward=false"), 8)["gathered weights"] > 6 * base["gathered weights"]
     assert of(make("precision=fp32"), 8)["gathered weights"] == 2 * base["gathered weights"]
-    assert of(make(), 8, micro_batch=2)["activations"] == 2 * base["activations"]
+    assert of(make(), 8, micro_batch=2)["block inputs"] == 2 * base["block inputs"]
+    lion = ("optimizer.name=decoupled_lionw", "optimizer.eps=null")
+    halved = of(make(*lion, "optimizer.state_dtype=bf16"), 8)["optimizer state"]
+    assert 2 * halved == of(make(*lion), 8)["optimizer state"]
 
 
 @pytest.mark.parametrize("gib", [24, 40, 80, 141])
@@ -162,8 +165,48 @@ def test_the_text(monkeypatch):
 
 
 def test_offloaded_states_are_the_hosts(monkeypatch):
-    config = make()
+    config = make("global_train_batch_size=8")
     config = dataclasses.replace(config, fsdp_config=dataclasses.replace(config.fsdp_config, cpu_offload=True))
-    numbers = plan(config, validate(make(), 8, open_data=False), 8)
+    numbers = plan(config, validate(make("global_train_batch_size=8"), 8, open_data=False), 8)
     assert set(numbers.host_memory) == {"weights", "gradients", "optimizer state"}
     assert "optimizer state (host)" in str(numbers) and "weights" not in numbers.memory
+
+
+def long(*overrides):
+    """The 7b on books, of one sequence per process."""
+    model = {"clip_qkv": "6", "alibi_bias_max": "16"}
+    settings = [f"model.attn_config.{key}={value}" for key, value in model.items()]
+    lion = ["optimizer.name=decoupled_lionw", "optimizer.eps=null", "global_train_batch_size=8"]
+    return make("max_seq_len=65536", "device_train_microbatch_size=1", *lion, *settings, *overrides)
+
+
+def test_what_long_sequences_take_less_with():
+    """Each proposed setting takes what is said when it is set; what is offloaded is the host's."""
+    config = long()
+    resolved = validate(config, 8, open_data=False)
+    plain = plan(config, resolved, 8)
+    assert plain.total_memory == sum(of(config, 8).values())
+    assert set(plain.less) > {"activation_offload=true", "mlp_chunk_size=8192", "all of these"}
+    for setting in ("activation_offload=true", "mlp_chunk_size=8192"):
+        other = long(setting)
+        assert plan(other, validate(other, 8, open_data=False), 8).total_memory == plain.less[setting]
+        assert plain.less[setting] < plain.total_memory and setting in str(plain)
+    offloaded = long("activation_offload=true")
+    host = plan(offloaded, validate(offloaded, 8, open_data=False), 8).host_memory
+    assert host == {"block inputs": 32 * 65536 * 4096 * 2}
+    assert plain.less["all of these"] < min(size for name, size in plain.less.items() if name != "all of these")
+
+
+def test_offloading_the_states_leaves_the_gradients_that_wait():
+    """With accumulation they are the whole model's, on the device, whatever is in host memory."""
+    settings = ["global_train_batch_size=64", "activation_offload=true", "mlp_chunk_size=8192"]
+    config = dataclasses.replace(long(*settings), fsdp_config=dataclasses.replace(long().fsdp_config, cpu_offload=True))
+    numbers = plan(config, validate(long(*settings), 8, open_data=False), 8)
+    assert numbers.total_memory > numbers.memory["unreduced gradients"] == 4 * 6_649_286_656
+    assert set(numbers.host_memory) == {"weights", "gradients", "optimizer state", "block inputs"}
+
+
+def test_a_chunked_mlp_keeps_no_hidden_layer():
+    model = validate(long(), 8, open_data=False).model_config
+    whole, chunked = (saved_per_block(model, 100, 2, chunked=on)["none"] for on in (False, True))
+    assert whole - chunked == 100 * 2 * 4 * 4096

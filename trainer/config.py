@@ -20,6 +20,7 @@ from mpt.config import parameter_shapes
 from mpt.hub import is_hub_name, local_path
 from trainer import foundry, pretrained, samples, yamlfile
 from trainer.checkpoint import compare_shapes, describe
+from trainer.curriculum import LengthStage, check_curriculum, check_ends
 from trainer.data import (
     ExampleBatches,
     LoaderConfig,
@@ -78,6 +79,9 @@ class TrainConfig:
     context_parallel_size: ranks that share each sequence, every one with a part of its tokens.
     device_eval_batch_size: null: as the micro-batch. eval_subset_num_batches: -1: the whole validation split.
     save_num_checkpoints_to_keep: -1: all. on_save_error: whether a failed save (disk full) ends the run.
+    length_curriculum: shorter sequences at first, see trainer.curriculum.
+    activation_offload: blocks' inputs wait for the backward in host memory; needs activation_checkpointing.
+    mlp_chunk_size: tokens that an MLP takes at a time; null: all.
     log_interval: optimizer steps. on_nonfinite: "stop", or "skip:N" to leave out up to N bad batches.
     dist_timeout: seconds. gradient_clip_norm: global L2 norm; null: no clipping.
     eval_first: also evaluate before the first step, which is the base model's loss in a fine-tune.
@@ -94,6 +98,7 @@ class TrainConfig:
     load_path: str | None = None
     autoresume: bool = True
     max_seq_len: int = 2048
+    length_curriculum: list[LengthStage] = field(default_factory=list)
     max_duration: int | str
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
     global_train_batch_size: int
@@ -108,6 +113,8 @@ class TrainConfig:
     save_async: bool = True
     on_save_error: Literal["continue", "stop"] = "continue"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    activation_offload: bool = False
+    mlp_chunk_size: int | None = None
     compile: bool = False
     kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
     log_interval: int = 10
@@ -140,6 +147,19 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, int | float) and not 0 < value < math.inf:
                 raise InputError(f"{name}={value}; expected a number above 0")
+        if self.mlp_chunk_size is not None and self.mlp_chunk_size < 1:
+            raise InputError(f"mlp_chunk_size={self.mlp_chunk_size}; expected a number of tokens, at least 1, or null")
+        if self.activation_offload and self.activation_checkpointing == "none":
+            raise InputError(
+                "activation_offload=true keeps the inputs of blocks that compute the rest again; set "
+                "activation_checkpointing to full or selective as well"
+            )
+        check_curriculum(self.length_curriculum, self.max_seq_len)
+        if self.length_curriculum and self.train_loader.name != "text":
+            raise InputError(
+                "length_curriculum cuts sequences into pieces, which examples cannot be; it is for a train_loader of "
+                "name: text"
+            )
         if self.seed >= 2**32:
             raise InputError(f"seed={self.seed}; expected a number below 2**32")
         if self.dist_timeout > MOST_SECONDS:
@@ -185,6 +205,7 @@ class Resolved:
     step 0. eval_every, save_every: in steps; 0: only at the end. skip_nonfinite: bad batches that may be left out.
     tokenizer_path: the tokenizer.json; None if unknown. device_bytes: memory of this rank's GPU; None on a CPU. notes:
     what a reader of the plan should know.
+    stages: (end in steps, length) of the length curriculum.
     train_data, eval_data: the opened loaders; None where there is none or the data was not opened.
     """
 
@@ -206,6 +227,7 @@ class Resolved:
     device_bytes: int | None
     train_data: TokenBatches | ExampleBatches | None
     eval_data: TokenBatches | ExampleBatches | None
+    stages: tuple[tuple[int, int], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -298,6 +320,8 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
         return _in_steps(duration, name, tokens_per_step, epoch)
 
     total = steps("max_duration")
+    ends = {name: steps(name) for name in _durations(config) if name.startswith("length_curriculum")}
+    check_ends(list(ends.values()), [f"{name}={_durations(config)[name]}" for name in ends], total)
     return Resolved(
         model_config=model_config,
         run_folder=Path(config.save_folder or f"runs/{config.run_name}"),
@@ -317,6 +341,7 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
         device_bytes=_device_bytes(config),
         train_data=data,
         eval_data=validation,
+        stages=tuple((end, stage.max_seq_len) for end, stage in zip(ends.values(), config.length_curriculum)),
         notes=tuple(notes),
     )
 
@@ -361,6 +386,7 @@ def _durations(config: TrainConfig) -> dict[str, int | str]:
     }
     if config.scheduler.t_max is not None:
         durations["scheduler.t_max"] = config.scheduler.t_max
+    durations |= {f"length_curriculum[{i}].until": stage.until for i, stage in enumerate(config.length_curriculum)}
     return durations
 
 

@@ -36,6 +36,7 @@ class OptimizerConfig:
     eps: 1e-8; AdamW only.
     weight_decay: share of a decayed weight lost per step at the full learning rate; 1e-5 for AdamW, 0 for Lion.
         torch.optim.AdamW's value times lr is the same decay here.
+    state_dtype: of Lion's moving average; bf16 halves its memory, and rounds it once a step. AdamW's are fp32.
     decay_all: decay norms, biases and embeddings too, as llm-foundry does; otherwise matrices only.
     """
 
@@ -44,6 +45,7 @@ class OptimizerConfig:
     betas: tuple[float, float] | None = None
     eps: float | None = None
     weight_decay: float | None = None
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
     decay_all: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +58,11 @@ class OptimizerConfig:
             raise InputError(f"optimizer.eps={self.eps} has to be above 0, e.g. 1e-8")
         if self.eps is not None and self.name == "decoupled_lionw":
             raise InputError(f"optimizer.eps={self.eps}: decoupled_lionw has none; remove the key")
+        if self.state_dtype != "fp32" and self.name != "decoupled_lionw":
+            raise InputError(
+                f"optimizer.state_dtype={self.state_dtype}: {self.name} changes its second average by less a step than "
+                "bf16 can hold; use fp32, or decoupled_lionw"
+            )
         if self.weight_decay is not None and not (0 <= self.weight_decay < 1):
             raise InputError(
                 f"optimizer.weight_decay={self.weight_decay} is the share of a weight lost per step, at least 0 and "
@@ -162,7 +169,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         eps = config.eps if config.eps is not None else ADAMW_EPS
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas or ADAMW_BETAS, eps=eps, fused=True)
     else:
-        optimizer = LionW(groups, lr=config.lr, betas=config.betas or LION_BETAS)
+        state_dtype = torch.bfloat16 if config.state_dtype == "bf16" else None
+        optimizer = LionW(groups, lr=config.lr, betas=config.betas or LION_BETAS, state_dtype=state_dtype)
     _allocate_state(optimizer, adamw=adamw)
     return optimizer
 
@@ -174,7 +182,7 @@ def _allocate_state(optimizer: torch.optim.Optimizer, *, adamw: bool) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
-            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg"] = torch.zeros_like(p, dtype=getattr(optimizer, "state_dtype", None))
             if adamw:
                 state["exp_avg_sq"] = torch.zeros_like(p)
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -182,7 +190,8 @@ def _allocate_state(optimizer: torch.optim.Optimizer, *, adamw: bool) -> None:
 
 class LionW(torch.optim.Optimizer):
     """Lion with decay in torch's convention: p *= 1 - lr * weight_decay; p -= lr * sign(b1 * m + (1 - b1) * g);
-    m = b2 * m + (1 - b2) * g. State: `exp_avg` (m), of the parameter's shape, dtype and sharding.
+    m = b2 * m + (1 - b2) * g. State: `exp_avg` (m), of the parameter's shape and sharding, in state_dtype (None: the
+    parameter's).
     """
 
     def __init__(
@@ -191,8 +200,10 @@ class LionW(torch.optim.Optimizer):
         lr: float = 1e-4,
         betas: tuple[float, float] = LION_BETAS,
         weight_decay: float = 0.0,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        self.state_dtype = state_dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -205,7 +216,7 @@ class LionW(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if "exp_avg" not in self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=self.state_dtype)
             # A shard of an uneven split may be empty.
             params = [p for p in params if _local(p).numel()]
             if params:

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from mpt import MptConfig
 from mpt.config import count_parameters, parameter_shapes
@@ -18,13 +18,16 @@ CPU_TOKENS = 4096  # of a micro-batch: more brings no speed on a CPU, only memor
 DEVICE_SHARE = 0.92  # of a GPU's memory that the estimate may fill; the rest is CUDA's context and fragmentation
 FP32 = 4
 LOSS_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # logits at once, as kernels.linear_cross_entropy chooses them
+SHARDS = ("weights", "gradients", "optimizer state")  # the kinds that cpu_offload moves
+MLP_CHUNK = 8192  # tokens, as a setting to propose: enough for matrix products that fill a GPU
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run in numbers. `memory`: bytes on one rank by kind; `host_memory`: the same in host memory (cpu_offload).
     `context`: ranks that share a sequence; `context_balance`: the most attention work expected of one over their mean.
-    `notes`: what a reader should know before starting it.
+    `notes`: what a reader should know before starting it. `stages`: of the length curriculum, (end in steps, length).
+    `less`: a setting that is not used -> the device's memory with it, where that saves at least 2 %.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Plan:
     memory: dict[str, int]
     host_memory: dict[str, int]
     notes: tuple[str, ...]
+    stages: tuple[tuple[int, int], ...] = ()
+    less: dict[str, int] = field(default_factory=dict)
 
     @property
     def total_memory(self) -> int:
@@ -65,12 +70,14 @@ class Plan:
             ("step", f"{self.batch:,} sequences of {length} = {self.tokens_per_step:,} tokens"),
             ("", f"{processes} x micro-batch {self.micro_batch} x {self.accumulation} accumulated"),
             *self._context_row(),
+            *self._curriculum(),
             ("compute", f"{_si(flops)}FLOPs per token, {flops * self.tokens:.3g} FLOPs in all"),
-            ("memory", "of one process, estimated:"),
+            ("memory", "of one process when it is fullest, estimated:"),
         ]
         kinds = [*self.memory.items(), *((f"{kind} (host)", size) for kind, size in self.host_memory.items())]
         rows += [("", f"{_bytes(size):>9}  {kind}") for kind, size in kinds]
         rows.append(("", f"{_bytes(self.total_memory):>9}  in all" + (" on the device" if self.host_memory else "")))
+        rows += [("", f"{_bytes(size):>9}  with {setting}") for setting, size in self.less.items()]
         rows += [("note", text) for text in self.notes]
         return "\n".join(f"{name:<14}{text}".rstrip() for name, text in rows)
 
@@ -81,14 +88,18 @@ class Plan:
         share = f"{self.context} processes share each sequence, {tokens:,} tokens each"
         return [("", f"{share}; the busiest has {ratio:.2f} x the mean attention")]
 
+    def _curriculum(self) -> list[tuple[str, str]]:
+        if not self.stages:
+            return []
+        stages = ", ".join(f"{length:,} to step {end:,}" for end, length in self.stages)
+        return [("", f"in pieces of so many tokens: {stages}, then {self.seq_len:,}")]
+
 
 def plan(config: "TrainConfig", resolved: "Resolved", world_size: int) -> Plan:
     """The run in numbers; the memory is what this implementation keeps, see `memory`."""
     device = memory(config, resolved.model_config, world_size, resolved.micro_batch)
     context, slopes = config.context_parallel_size, slopes_of(resolved.model_config)
-    host: dict[str, int] = {}
-    if config.fsdp_config.cpu_offload:
-        host = {kind: device.pop(kind) for kind in ("weights", "gradients", "optimizer state")}
+    host = host_memory(config, resolved.model_config, device, resolved.micro_batch)
     return Plan(
         name=config.run_name,
         run_folder=str(resolved.run_folder),
@@ -108,7 +119,50 @@ def plan(config: "TrainConfig", resolved: "Resolved", world_size: int) -> Plan:
         memory=device,
         host_memory=host,
         notes=tuple(_notes(config, resolved, sum(device.values()))),
+        stages=resolved.stages,
+        less=_less(config, resolved, world_size, sum(device.values())),
     )
+
+
+def host_memory(
+    config: "TrainConfig", model_config: MptConfig, device: dict[str, int], micro_batch: int
+) -> dict[str, int]:
+    """What is kept in host memory, by kind; cpu_offload's kinds are taken out of `device`, as `memory` gives it."""
+    host: dict[str, int] = {}
+    if config.fsdp_config.cpu_offload:
+        host = {kind: device.pop(kind) for kind in SHARDS if kind in device}
+    if config.activation_offload and config.device != "cpu":
+        width = 2 if config.precision == "amp_bf16" else FP32
+        tokens = micro_batch * _ceil(config.max_seq_len, config.context_parallel_size)
+        host["block inputs"] = model_config.n_layers * tokens * model_config.d_model * width
+    return host
+
+
+def _less(config: "TrainConfig", resolved: "Resolved", world_size: int, device_bytes: int) -> dict[str, int]:
+    """Settings that would take less of the device's memory, each alone, and then all together."""
+    fsdp, optimizer = config.fsdp_config, config.optimizer
+    long = config.max_seq_len * resolved.micro_batch > 2 * MLP_CHUNK
+    changes: dict[str, dict[str, Any]] = {}
+    if config.activation_checkpointing != "full":
+        changes["activation_checkpointing=full"] = {"activation_checkpointing": "full"}
+    elif not config.activation_offload and config.device != "cpu":
+        changes["activation_offload=true"] = {"activation_offload": True}
+    if config.mlp_chunk_size is None and long:
+        changes[f"mlp_chunk_size={MLP_CHUNK}"] = {"mlp_chunk_size": MLP_CHUNK}
+    if optimizer.name == "decoupled_lionw" and optimizer.state_dtype == "fp32":
+        changes["optimizer.state_dtype=bf16"] = {"optimizer": replace(optimizer, state_dtype="bf16")}
+    if not fsdp.cpu_offload and config.device != "cpu":
+        changes["fsdp_config.cpu_offload=true"] = {"fsdp_config": replace(fsdp, cpu_offload=True)}
+    if len(changes) > 1:
+        changes["all of these"] = {k: v for change in changes.values() for k, v in change.items()}
+    out = {}
+    for setting, change in changes.items():
+        other = replace(config, **change)
+        device = memory(other, resolved.model_config, world_size, resolved.micro_batch)
+        host_memory(other, resolved.model_config, device, resolved.micro_batch)
+        if (size := sum(device.values())) < 0.98 * device_bytes:
+            out[setting] = size
+    return out
 
 
 def _notes(config: "TrainConfig", resolved: "Resolved", device_bytes: int) -> Iterator[str]:
@@ -124,17 +178,34 @@ def _notes(config: "TrainConfig", resolved: "Resolved", device_bytes: int) -> It
 
 
 def memory(config: "TrainConfig", model_config: MptConfig, world_size: int, micro_batch: int) -> dict[str, int]:
-    """Bytes that one rank holds at the fullest moment of a step, by kind.
+    """Bytes that one rank holds at the fullest moment of a step, by kind, and a margin of 5 % for fragmentation.
 
-    weights, gradients, optimizer state: fp32 shards. gathered weights: the root (embedding, final norm, head) and two
-    blocks (in use, and fetched ahead) in the compute dtype, or all blocks without reshard_after_forward. unreduced
-    gradients: the root's and one block's; with accumulation the whole model's, unless ranks sum after every
-    micro-batch. activations: what every block keeps for the backward. block: one block's recomputation and the
-    temporaries of its backward. keys of the group: with context_parallel_size, keys and values of whole sequences, kept
-    by every block, or with activation checkpointing by one; their gradients, the sum of these, and what is sent. loss:
-    a chunk of logits, and the head's gradient summed in fp32. margin: 5 %.
+    weights, gradients, optimizer state: fp32 shards (Lion's average perhaps bf16). gathered weights: the root
+    (embedding, final norm, head) and two blocks (in use, and fetched ahead) in the compute dtype, or all blocks without
+    reshard_after_forward. unreduced gradients: the root's and one block's; with accumulation the whole model's, unless
+    ranks sum after every micro-batch. activations: what every block keeps for the backward; with checkpointing they are
+    called block inputs. one block's work: its recomputation and the temporaries of its backward. keys of the group:
+    with context_parallel_size, keys and values of whole sequences, kept by every block, or with activation
+    checkpointing by one; their gradients, the sum of these, and what is sent. loss: a chunk of logits, the head's
+    gradient summed in fp32, the last hidden states. optimizer step: its temporaries.
     """
+    every = _moments(config, model_config, world_size, micro_batch)
+    elsewhere = SHARDS if config.fsdp_config.cpu_offload else ()
+
+    def held(parts: dict[str, int]) -> int:
+        return sum(size for kind, size in parts.items() if kind not in elsewhere)
+
+    fullest = max(every, key=held)
+    fullest |= {kind: max(parts.get(kind, 0) for parts in every) for kind in elsewhere}
+    out = {kind: size for kind, size in fullest.items() if size}
+    out["margin"] = held(out) // 20
+    return out
+
+
+def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, micro_batch: int) -> list[dict[str, int]]:
+    """What is held while the loss is computed, in the backward of the last and of the first block, and in the step."""
     c, fsdp = model_config, config.fsdp_config
+    device_type = "cpu" if config.device == "cpu" else "cuda"
     width = 2 if config.precision == "amp_bf16" else FP32
     reduce_width = FP32 if config.precision == "fp32" or fsdp.reduce_dtype == "fp32" else 2
     shard = world_size // fsdp.replicate
@@ -143,44 +214,55 @@ def memory(config: "TrainConfig", model_config: MptConfig, world_size: int, micr
     root = n - c.n_layers * block
     context = config.context_parallel_size
     tokens = micro_batch * _ceil(config.max_seq_len, context)
-    accumulates = (
-        config.global_train_batch_size > micro_batch * (world_size // context) and not fsdp.reduce_every_microbatch
-    )
-    kept_blocks = min(2, c.n_layers) if fsdp.reshard_after_forward else c.n_layers
-    states = 1 if config.optimizer.name == "decoupled_lionw" else 2
-    per_block = saved_per_block(c, tokens, width)
-    recomputed = per_block["none"] - per_block[config.activation_checkpointing]
+    accumulates = config.global_train_batch_size > micro_batch * (world_size // context)
+    whole = accumulates and not fsdp.reduce_every_microbatch  # gradients of the whole model wait on every rank
+    lion = config.optimizer.name == "decoupled_lionw"
+    average = 2 if config.optimizer.state_dtype == "bf16" else FP32
 
-    out = {
-        "weights": _ceil(n, shard) * FP32,
-        "gradients": _ceil(n, shard) * FP32,
-        "optimizer state": _ceil(n, shard) * FP32 * states,
-        "gathered weights": width * (root + kept_blocks * block),
-        "unreduced gradients": n * reduce_width if accumulates else width * root + (width + reduce_width) * block,
-        "activations": c.n_layers * per_block[config.activation_checkpointing] + 3 * tokens * c.d_model * width,
-        "one block's work": recomputed + _backward_temporaries(c, tokens, width),
-        "loss": _loss(c, tokens, width, "cpu" if config.device == "cpu" else "cuda"),
-    }
-    if context > 1:
-        keys = 2 * micro_batch * config.max_seq_len * c.kv_heads * c.d_head * width
-        out["keys of the group"] = keys * (3 + (c.n_layers if config.activation_checkpointing == "none" else 1))
-    out["margin"] = sum(out.values()) // 20
-    return out
+    mode, chunk = config.activation_checkpointing, config.mlp_chunk_size
+    per_block = saved_per_block(c, tokens, width, chunked=chunk is not None)
+    inputs = "activations" if mode == "none" else "block inputs"
+    kept = c.n_layers * per_block[mode]
+    if config.activation_offload:  # their copies on the way to the host and back
+        block_input = tokens * c.d_model * width
+        kept += (min(2, c.n_layers) - c.n_layers) * block_input if device_type == "cuda" else 0
+    work = per_block["none"] - per_block[mode] + _backward_temporaries(c, tokens, width, chunk, device_type)
+    shards = _ceil(n, shard) * FP32
+    one_block = width * root + (width + reduce_width) * block
+    state = {"weights": shards, "optimizer state": _ceil(n, shard) * average if lion else 2 * shards}
+    model = state | {"gathered weights": width * (root + (min(2, c.n_layers) if fsdp.reshard_after_forward
+                                                          else c.n_layers) * block)}  # fmt: skip
+    keys = 2 * micro_batch * config.max_seq_len * c.kv_heads * c.d_head * width if context > 1 else 0
+    group = {"keys of the group": keys * (3 + (c.n_layers if mode == "none" else 1))}
+    step = _step_temporaries(c, config.optimizer.decay_all, shard, average) if lion and device_type == "cpu" else 0
+    early = {"gradients": shards if accumulates and not whole else 0}
+    unreduced = n * reduce_width
+    late = {"gradients": shards, inputs: kept // c.n_layers}
+    return [
+        model | early | {"unreduced gradients": unreduced if whole else 0, inputs: kept,
+                         "keys of the group": keys * c.n_layers if mode == "none" else 0,
+                         "loss": _loss(c, tokens, width, device_type)},
+        model | group | early | {"unreduced gradients": unreduced if whole else one_block, inputs: kept,
+                         "one block's work": work},
+        model | group | late | {"unreduced gradients": one_block, "one block's work": work},
+        state | {"gradients": shards, "optimizer step": step},
+    ]  # fmt: skip
 
 
-def saved_per_block(c: MptConfig, tokens: int, width: int) -> dict[str, int]:
+def saved_per_block(c: MptConfig, tokens: int, width: int, *, chunked: bool = False) -> dict[str, int]:
     """Bytes that one block keeps for its backward over `tokens` tokens of `width` bytes, by activation checkpointing.
 
     none: both norms' input and output (their statistics in fp32), q k v, attention's output and LSE, the MLP's
-    pre-activation; clipping and the norms of q and k keep their input too. full: the block's input.
-    selective: the block's input, attention's output and LSE.
+    pre-activation unless the MLP runs in chunks; clipping and the norms of q and k keep their input too. full: the
+    block's input. selective: the block's input, attention's output and LSE.
     """
     qkv = (c.n_heads + 2 * c.kv_heads) * c.d_head
     attention = tokens * (c.n_heads * c.d_head * width + c.n_heads * FP32)
     extra = (qkv if c.attn_config.clip_qkv else 0) + ((qkv - c.kv_heads * c.d_head) if c.attn_config.qk_ln else 0)
     dropout = 2 * tokens * c.d_model if c.resid_pdrop else 0  # masks, one byte each
     statistics = 2 * 2 * FP32 * tokens
-    rest = tokens * width * (4 * c.d_model + qkv + extra + c.d_ffn) + statistics + dropout
+    hidden = 0 if chunked else c.d_ffn
+    rest = tokens * width * (4 * c.d_model + qkv + extra + hidden) + statistics + dropout
     block_input = tokens * c.d_model * width
     return {"none": rest + attention, "full": block_input, "selective": block_input + attention}
 
@@ -199,8 +281,7 @@ def choose_micro_batch(
         return next((n for n in largest_first if n * config.max_seq_len <= CPU_TOKENS * context), 1)
     for n in largest_first:
         needed = memory(config, model_config, world_size, n)
-        if config.fsdp_config.cpu_offload:
-            needed = {k: v for k, v in needed.items() if k not in ("weights", "gradients", "optimizer state")}
+        host_memory(config, model_config, needed, n)
         if sum(needed.values()) <= DEVICE_SHARE * device_bytes:
             return n
     return 1
@@ -212,18 +293,47 @@ def divisors(number: int) -> list[int]:
     return small + [number // n for n in reversed(small) if n * n != number]
 
 
-def _backward_temporaries(c: MptConfig, tokens: int, width: int) -> int:
-    """The largest set of gradients alive at once inside a block: the MLP's hidden width, or attention's q k v."""
-    qkv = (c.n_heads + 2 * c.kv_heads) * c.d_head
-    return tokens * width * max(2 * c.d_ffn, 2 * qkv + 2 * c.d_model) + tokens * width * c.d_model
+def _backward_temporaries(c: MptConfig, tokens: int, width: int, chunk: int | None, device_type: str) -> int:
+    """The most that a block's backward holds beyond what the block has saved: in its MLP, or later in its attention,
+    when what the MLP had saved is gone.
+
+    MLP: gradient and activation of the hidden width, the gradients of its output and input. Attention, in Triton: the
+    gradients of its output and of q, k, v, before and after they are joined. On plain torch: q, k, v, both outputs'
+    gradients and the results in another layout, and half of these in fp32 (kernels.flash_attention_torch).
+    """
+    d, q, kv = c.d_model, c.n_heads * c.d_head, c.kv_heads * c.d_head
+    part = tokens if chunk is None else min(chunk, tokens)
+    mlp = width * (part * (2 if chunk is None else 3) * c.d_ffn + 2 * tokens * d)
+    if device_type == "cuda":
+        attention = width * (2 * (q + 2 * kv) + d)
+    elif width == FP32:
+        attention = FP32 * (7 * q + 4 * kv + d)
+    else:
+        attention = width * (4 * q + 3 * kv + d) + FP32 * (2 * q + 3 * kv)
+    gone = width * (2 * d + (c.d_ffn if chunk is None else 0))
+    return max(mlp, tokens * (attention - gone))
 
 
 def _loss(c: MptConfig, tokens: int, width: int, device_type: str) -> int:
-    """A chunk of logits in fp32 and the compute dtype; the head's gradient likewise: the sum, a chunk's, the result."""
-    chunk = min(tokens, max(1, LOSS_CHUNK[device_type] // c.vocab_size))
+    """A chunk of logits in the compute dtype beside the head's gradient in fp32, or, later, that gradient scaled; and
+    the last block's output, normed, with its gradient.
+    """
+    count = _ceil(tokens, max(1, LOSS_CHUNK[device_type] // c.vocab_size))
+    logits = _ceil(tokens, count) * c.vocab_size * width
     head = c.vocab_size * c.d_model
-    narrow = 0 if width == FP32 else width
-    return chunk * c.vocab_size * (FP32 + narrow) + head * (FP32 + 2 * narrow) + 2 * tokens * c.d_model * width
+    part = head * (FP32 if device_type == "cuda" else 0 if width == FP32 else width)  # a chunk's, before it is added
+    scaled = head * (FP32 + (0 if width == FP32 else width))
+    return head * FP32 + max(logits + part, scaled) + 4 * tokens * c.d_model * width
+
+
+def _step_temporaries(c: MptConfig, decay_all: bool, shard: int, average: int) -> int:
+    """Lion's updates on plain torch, and its averages in fp32 where they are kept in bf16: of one group of parameters
+    at a time, the matrices or (almost only) the embeddings.
+    """
+    n = count_parameters(c)
+    embeddings = c.d_model * (c.vocab_size + (c.max_seq_len if c.learned_positions else 0))
+    largest = n if decay_all else max(embeddings, n - embeddings)
+    return _ceil(largest, shard) * FP32 * (1 if average == FP32 else 2)
 
 
 def _ceil(a: int, b: int) -> int:

@@ -23,6 +23,7 @@ from mpt.manifest import list_steps
 from trainer import samples
 from trainer.checkpoint import Checkpointer, export_hf, load_weights
 from trainer.config import Resolved, TrainConfig, build_model_config, config_to_yaml, validate
+from trainer.curriculum import length_at
 from trainer.data import ExampleBatches, Prefetcher, TokenBatches, unigram_entropy
 from trainer.data.examples import Encoder
 from trainer.data.tokenizer import open_tokenizer, settings_files
@@ -162,7 +163,8 @@ def _sharded_model(config: TrainConfig, model_config: MptConfig, world: World) -
     """The model, sharded and on its device, not yet initialised: built on meta, so no rank ever holds it whole."""
     with torch.device("meta"):
         model = MptForCausalLM(model_config)
-    model.transformer.set_activation_checkpointing(config.activation_checkpointing)
+    model.transformer.set_activation_checkpointing(config.activation_checkpointing, offload=config.activation_offload)
+    model.transformer.set_mlp_chunk_size(config.mlp_chunk_size)
     if config.compile:
         compile_blocks(model)
     shard_model(model, world.mesh, config.fsdp_config, bf16=config.precision == "amp_bf16")
@@ -272,7 +274,6 @@ class Loop:
         self.signals = StopSignals()
         self.timer = StepTimer(self.world.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.flops_per_token = flops_per_token(self.resolved.model_config, self.config.max_seq_len)
         compute_dtype = torch.bfloat16 if self.config.precision == "amp_bf16" else torch.float32
         self.slopes = slopes_of(self.resolved.model_config)
         self.peak_flops = peak_flops(self.world.device, compute_dtype)
@@ -299,6 +300,9 @@ class Loop:
             while state.step < resolved.steps:
                 with self.timer("data"):
                     arrays = batches.get(state.step)
+                    length = length_at(state.step, resolved.stages, self.config.max_seq_len)
+                    if resolved.stages:
+                        arrays = [array.reshape(-1, length) for array in arrays]
                     micro_batches = [self._batch(self.train_data, array) for array in arrays]
                     read = sum(self.train_data.tokens(array) for array in arrays) if self.world.counts else 0
                     counted = sum(self._counted(batch) for batch in micro_batches)
@@ -432,6 +436,8 @@ class Loop:
         tokens_per_s = (state.tokens - self.reported_tokens) / window.seconds
         self.reported_tokens = state.tokens
         per_device = tokens_per_s / self.world.size
+        length = length_at(state.step - 1, self.resolved.stages, self.config.max_seq_len)
+        flops = flops_per_token(self.resolved.model_config, length)
         self.loggers.log(
             {
                 "step": state.step,
@@ -440,7 +446,7 @@ class Loop:
                 **row,
                 "tokens_per_s": tokens_per_s,
                 "tokens_per_s_device": per_device,
-                "mfu": per_device * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+                "mfu": per_device * flops / self.peak_flops if self.peak_flops else None,
                 "memory_gib": memory_gib(self.world.device),
                 **{f"time_{part}_s": seconds / window.steps for part, seconds in window.parts.items()},
             }

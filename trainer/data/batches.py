@@ -47,6 +47,7 @@ class TokenBatches:
         self.seed = seed
         self.vocab_size = vocab_size
         self.shuffle = shuffle
+        self.excerpts = any(source.shards.manifest.excerpt_tokens is not None for source in sources)
         self.sequences = sum(source.sequences for source in sources)
         self.steps_per_epoch = max(1, self.sequences // global_batch_size)
         self._interleave = Interleave([source.weight for source in sources])
@@ -80,18 +81,20 @@ class TokenBatches:
         return float(self.seq_len)
 
     def tokens(self, ids: npt.NDArray[np.int64]) -> int:
-        """Tokens in rows of `batch`."""
-        return ids.size
+        """Tokens in rows of `batch`, padding of excerpts aside."""
+        return ids.size - int(self._padding(ids).sum()) if self.excerpts else ids.size
 
     def arguments(
         self, ids: npt.NDArray[np.int64], *, sequence_id: bool, prefix_mask: bool
     ) -> dict[str, npt.NDArray[Any]]:
-        """Arguments of the model's forward for rows of `batch`: every token is an input and a label.
+        """Arguments of the model's forward for rows of `batch`: every token is an input and a label, but for what fills
+        up a padded excerpt, which is no label.
 
         sequence_id: whether the model takes sequence ids; a document ends with its end-of-document token. prefix_mask:
         whether it takes a prefix, an empty one.
         """
-        out: dict[str, npt.NDArray[Any]] = {"input_ids": ids, "labels": ids}
+        labels = np.where(self._padding(ids), -100, ids) if self.excerpts else ids
+        out: dict[str, npt.NDArray[Any]] = {"input_ids": ids, "labels": labels}
         if sequence_id:
             ends = np.cumsum(ids == self.eos_id, axis=1)
             out["sequence_id"] = np.pad(ends[:, :-1], ((0, 0), (1, 0)))
@@ -139,6 +142,11 @@ class TokenBatches:
                 f"{len(source.shards.shards):,} shards, {source.sequences:,} sequences of {self.seq_len:,}{share}"
             )
         return "\n".join(lines)
+
+    def _padding(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Bool of ids' shape: what fills up excerpts, a row's last ends of document but the first of them."""
+        trailing = np.flip(np.logical_and.accumulate(np.flip(ids == self.eos_id, 1), 1), 1)
+        return trailing & np.pad(trailing[:, :-1], ((0, 0), (1, 0)))
 
     def _locate(self, step: int, rows: Sequence[int]) -> tuple[IntArray, IntArray]:
         if step < 0 or (len(rows) and not 0 <= min(rows) <= max(rows) < self.global_batch_size):
@@ -227,6 +235,12 @@ def open_loader(
 
 def _open_source(entry: MixEntry, split: str, seq_len: int) -> Source:
     shards = ShardSet(entry.local, split)
+    excerpt = shards.manifest.excerpt_tokens
+    if excerpt is not None and excerpt % seq_len:
+        raise InputError(
+            f"{shards.manifest.folder}: holds excerpts of {excerpt} tokens, which max_seq_len {seq_len} does not "
+            f"divide: set it to {excerpt} or a divisor, or prepare the data with --excerpt-tokens {seq_len}"
+        )
     ends = np.cumsum([shard.tokens // seq_len for shard in shards.shards], dtype=np.int64)
     if ends[-1] == 0:
         raise InputError(

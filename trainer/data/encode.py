@@ -1,10 +1,10 @@
-"""From documents to token ids and their split: what the workers of a preparation compute."""
+"""From documents to token ids, their split and their excerpts: what the workers of a preparation compute."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,22 @@ BATCH_CHARS = 1 << 18
 MAX_CHARS = 1 << 20  # of one call to the tokenizer: it needs about 200 bytes of memory per token
 
 Ids = npt.NDArray[Any]
+Rest = Literal["drop", "overlap", "pad"]
+
+
+@dataclass(frozen=True)
+class Excerpts:
+    """How documents are cut into excerpts of `tokens` tokens each, of which none reaches into another document.
+
+    rest: what becomes of the tokens after a document's last whole excerpt. "drop": they are left out; "overlap": the
+    document's last `tokens` tokens are one more excerpt, which begins inside the one before it; "pad": they are an
+    excerpt filled up with end-of-document tokens. A rest of fewer than min_tokens is left out in any case. So is a
+    document shorter than an excerpt, unless it is padded.
+    """
+
+    tokens: int
+    rest: Rest
+    min_tokens: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,7 @@ class Encoding:
     val_fraction: float
     seed: int
     reading: Reading
+    excerpts: Excerpts | None = None
 
 
 @lru_cache(maxsize=1)
@@ -52,6 +69,11 @@ def encode(pieces: Iterable[Piece], encoding: Encoding) -> Iterator[tuple[str, I
         for number, document in enumerate(read_piece(piece, encoding.reading)):
             split = "val" if piece.validation or _chosen(document, encoding) else "train"
             if not isinstance(document, str):
+                if encoding.excerpts is not None:
+                    raise InputError(
+                        f"{piece.path}: holds tokens, not texts, so where its documents end is not known; "
+                        "--excerpt-tokens needs texts"
+                    )
                 _check_ids(document, piece, number, encoding.vocab_size)
                 yield split, document
                 continue
@@ -75,6 +97,38 @@ def _encode_batch(waiting: list[tuple[str, str, bool]], encoding: Encoding) -> I
         if ends:
             ids.append(encoding.eos_id)
         yield split, np.array(ids, dtype=DTYPES[encoding.dtype])
+
+
+@dataclass
+class Cutter:
+    """Cuts documents into excerpts, and counts what is left out: whole documents, and tokens with them or as rests."""
+
+    excerpts: Excerpts
+    eos_id: int
+    documents_left_out: int = 0
+    tokens_left_out: int = 0
+
+    def __call__(self, runs: Iterable[tuple[str, Ids]]) -> Iterator[tuple[str, Ids]]:
+        """What `encode` gives for texts as (split, the excerpts of a document one after the other)."""
+        open_: list[Ids] = []
+        for split, ids in runs:
+            open_.append(ids)
+            if ids[-1] == self.eos_id:  # no text spells it: it ends the document
+                yield split, self._cut(np.concatenate(open_))
+                open_ = []
+
+    def _cut(self, ids: Ids) -> Ids:
+        size = self.excerpts.tokens
+        whole = len(ids) // size * size
+        rest = len(ids) - whole
+        cut = ids[:whole]
+        if rest >= max(self.excerpts.min_tokens, 1) and self.excerpts.rest == "pad":
+            return np.concatenate([ids, np.full(size - rest, self.eos_id, ids.dtype)])
+        if rest >= max(self.excerpts.min_tokens, 1) and self.excerpts.rest == "overlap" and whole:
+            return np.concatenate([cut, ids[-size:]])
+        self.documents_left_out += not whole
+        self.tokens_left_out += rest
+        return cut
 
 
 def _runs(text: str) -> Iterator[str]:

@@ -7,6 +7,9 @@ run that was interrupted keeps every part and shard whose inputs and options are
 A document's ids are followed by one EOS. Special tokens that a document's text happens to spell are tokenised as
 ordinary text. A document goes to validation when a hash of its content and the seed falls below the fraction, so the
 split does not depend on the order or number of files, and exact duplicates never lie on both sides.
+
+With excerpt_tokens, documents are cut into excerpts of that many tokens as they are written: a part, and so a shard,
+then holds whole excerpts only, and sequences of a length that divides theirs never reach into another document.
 """
 
 import fcntl
@@ -22,7 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from trainer.data.encode import Encoding, encode, load_tokenizer
+from trainer.data.encode import Cutter, Encoding, Excerpts, Rest, encode, load_tokenizer
 from trainer.data.shards import DTYPES, FORMAT, MANIFEST, VERSION, ShardSet, read_manifest
 from trainer.data.sources import InputFile, Piece, Reading, cut_files, list_files
 from trainer.data.tokenizer import TOKENIZER, file_sha256, find_eos, find_tokenizer, settings_files
@@ -52,6 +55,9 @@ class PrepareOptions:
     shard_tokens: int = 1 << 27
     document_unit: str = "file"
     mds_dtype: str = "int64"
+    excerpt_tokens: int | None = None
+    rest: Rest = "overlap"
+    min_tokens: int | None = None
     overwrite: bool = False
 
 
@@ -86,6 +92,7 @@ class _Join:
     out: str
     dtype: str
     eos_id: int
+    excerpt_tokens: int | None
 
     @property
     def file(self) -> str:
@@ -126,6 +133,8 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> dict[str, Any]:
         (out / MANIFEST).unlink(missing_ok=True)
         manifest = _join_all(parts, options, encoding, quiet)
         manifest |= {"source": {"key": key, "eos": eos, **_source(options)}}
+        if encoding.excerpts is not None:
+            manifest["source"]["left_out"] = _left_out(parts)
         _finish(out, manifest, encoding)
     Progress.say(quiet, f"{out}: {_summary(manifest)}; {progress.rate()}")
     if not manifest["splits"]["val"] and (options.val_fraction or options.val_inputs):
@@ -146,6 +155,15 @@ def _check(options: PrepareOptions) -> None:
     for name in (*options.inputs, *options.val_inputs):
         if Path(name).is_dir() and Path(options.out).resolve().is_relative_to(Path(name).resolve()):
             raise InputError(f"--out {options.out}: lies inside the input folder {name}; choose a folder outside it")
+    if options.excerpt_tokens is None:
+        if options.min_tokens is not None:
+            raise InputError(f"--min-tokens {options.min_tokens} is for excerpts; give --excerpt-tokens as well")
+    elif options.excerpt_tokens < 2:
+        raise InputError(f"--excerpt-tokens {options.excerpt_tokens}: give the max_seq_len to train with, at least 2")
+    elif options.min_tokens is not None and not 1 <= options.min_tokens <= options.excerpt_tokens:
+        raise InputError(
+            f"--min-tokens {options.min_tokens}: give 1 to {options.excerpt_tokens}, the tokens of an excerpt"
+        )
     if not 0 <= options.seed < 2**64:
         raise InputError(f"--seed {options.seed}: give a number from 0 to 2**64 - 1")
 
@@ -162,9 +180,16 @@ def _encoding(options: PrepareOptions) -> tuple[Encoding, str]:
     encoding = Encoding(
         tokenizer=str(path), tokenizer_sha256=file_sha256(path), vocab_size=vocab_size, eos_id=eos_id, dtype=dtype,
         val_fraction=options.val_fraction, seed=options.seed,
-        reading=Reading(options.text_field, options.document_unit, options.mds_dtype),
+        reading=Reading(options.text_field, options.document_unit, options.mds_dtype), excerpts=_excerpts(options),
     )  # fmt: skip
     return encoding, eos
+
+
+def _excerpts(options: PrepareOptions) -> Excerpts | None:
+    if options.excerpt_tokens is None:
+        return None
+    least = options.min_tokens if options.min_tokens is not None else max(1, options.excerpt_tokens // 4)
+    return Excerpts(options.excerpt_tokens, options.rest, least)
 
 
 def _plan(options: PrepareOptions, encoding: Encoding, state: str) -> list[_Part]:
@@ -180,7 +205,7 @@ def _plan(options: PrepareOptions, encoding: Encoding, state: str) -> list[_Part
             last.append(piece)
         else:
             groups.append([piece])
-    settings = {name: value for name, value in asdict(encoding).items() if name != "tokenizer"}
+    settings = {name: value for name, value in asdict(encoding).items() if name != "tokenizer" and value is not None}
     return [
         _Part(number, tuple(group), encoding, state, _digest([settings, [piece.state() for piece in group]]))
         for number, group in enumerate(groups)
@@ -313,7 +338,7 @@ def _joins(parts: list[_Part], options: PrepareOptions) -> list[_Join]:
                 _Join(
                     split, number, tuple(part.number for part in group), tuple(part.key for part in group),
                     tuple(str(part.tokens_file(split)) for part in group), options.out,
-                    group[0].encoding.dtype, group[0].encoding.eos_id,
+                    group[0].encoding.dtype, group[0].encoding.eos_id, options.excerpt_tokens,
                 )
             )  # fmt: skip
     return joins
@@ -331,9 +356,13 @@ def _join_done(join: _Join) -> dict[str, Any] | None:
 def _join_all(parts: list[_Part], options: PrepareOptions, encoding: Encoding, quiet: bool) -> dict[str, Any]:
     joins = _joins(parts, options)
     if not any(join.split == "train" for join in joins):
-        raise InputError(
-            f"{', '.join(options.inputs)}: no document for training in it; check --text-field and the files"
-        )
+        remedy = "check --text-field and the files"
+        if encoding.excerpts is not None:
+            left_out = _left_out(parts)["documents"]
+            remedy = (
+                f"{left_out} too short for --excerpt-tokens {encoding.excerpts.tokens}; lower it, or give --rest pad"
+            )
+        raise InputError(f"{', '.join(options.inputs)}: no document for training in it; {remedy}")
     for split in SPLITS:
         (Path(options.out) / split).mkdir(exist_ok=True)
     todo = [join for join in joins if _join_done(join) is None]
@@ -349,7 +378,14 @@ def _join_all(parts: list[_Part], options: PrepareOptions, encoding: Encoding, q
         "format": FORMAT, "version": VERSION, "dtype": encoding.dtype, "eos_id": encoding.eos_id,
         "tokenizer": {"sha256": encoding.tokenizer_sha256, "file": TOKENIZER, "vocab_size": encoding.vocab_size},
         "splits": splits,
+        **({} if encoding.excerpts is None else {"excerpt_tokens": encoding.excerpts.tokens}),
     }  # fmt: skip
+
+
+def _left_out(parts: list[_Part]) -> dict[str, int]:
+    """Documents and tokens that excerpts left out, in all parts."""
+    records = [json.loads(part.record().read_text(encoding="utf-8")) for part in parts]
+    return {name: sum(record["left_out"][name] for record in records) for name in ("documents", "tokens")}
 
 
 def _finish(out: Path, manifest: dict[str, Any], encoding: Encoding) -> None:
@@ -377,16 +413,19 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _source(options: PrepareOptions) -> dict[str, Any]:
-    kept = ("inputs", "val_inputs", "tokenizer", "text_field", "val_fraction", "seed", "document_unit", "mds_dtype")
+    kept = ["inputs", "val_inputs", "tokenizer", "text_field", "val_fraction", "seed", "document_unit", "mds_dtype"]
+    kept += ["excerpt_tokens", "rest", "min_tokens"] if options.excerpt_tokens is not None else []
     values = {name: value for name, value in asdict(options).items() if name in kept}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _summary(manifest: dict[str, Any]) -> str:
-    counts = []
+    counts, unit = [], "documents" if "excerpt_tokens" not in manifest else "excerpts"
     for split, shards in manifest["splits"].items():
         tokens, documents = (sum(shard[name] for shard in shards) for name in ("tokens", "documents"))
-        counts.append(f"{split} {tokens:,} tokens, {documents:,} documents, {len(shards):,} shards")
+        counts.append(f"{split} {tokens:,} tokens, {documents:,} {unit}, {len(shards):,} shards")
+    if (left_out := manifest["source"].get("left_out")) is not None:
+        counts.append(f"left out {left_out['tokens']:,} tokens, {left_out['documents']:,} whole documents")
     return "; ".join(counts)
 
 
@@ -396,12 +435,15 @@ def _summary(manifest: dict[str, Any]) -> str:
 def _tokenise(part: _Part) -> int:
     """Writes the part's token files and record, and returns its number of tokens."""
     tokens = dict.fromkeys(SPLITS, 0)
+    excerpts = part.encoding.excerpts
+    cutter = None if excerpts is None else Cutter(excerpts, part.encoding.eos_id)
     files: dict[str, IO[bytes]] = {}
     temporary = {split: part.tokens_file(split).with_suffix(".tmp") for split in SPLITS}
     try:
         for split in SPLITS:
             files[split] = open(temporary[split], "wb", buffering=1 << 20)  # noqa: SIM115
-        for split, ids in encode(part.pieces, part.encoding):
+        runs = encode(part.pieces, part.encoding)
+        for split, ids in runs if cutter is None else cutter(runs):
             files[split].write(ids.astype(DTYPES[part.encoding.dtype], copy=False).tobytes())
             tokens[split] += len(ids)
     finally:
@@ -412,7 +454,10 @@ def _tokenise(part: _Part) -> int:
             os.replace(temporary[split], part.tokens_file(split))
         else:
             temporary[split].unlink()
-    _write_json(part.record(), {"key": part.key, "tokens": tokens})
+    record: dict[str, Any] = {"key": part.key, "tokens": tokens}
+    if cutter is not None:
+        record["left_out"] = {"documents": cutter.documents_left_out, "tokens": cutter.tokens_left_out}
+    _write_json(part.record(), record)
     return sum(tokens.values())
 
 
@@ -436,6 +481,8 @@ def _join_parts(join: _Join) -> int:
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, target)
+    if join.excerpt_tokens is not None:
+        documents = tokens // join.excerpt_tokens
     shard = {"file": join.file, "tokens": tokens, "documents": documents, "max_id": max_id,
              "bytes": tokens * dtype.itemsize, "sha256": digest.hexdigest()}  # fmt: skip
     _write_json(join.record(), {"key": list(join.keys), "shard": shard})

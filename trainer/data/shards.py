@@ -43,7 +43,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A validated manifest.json. `splits` maps "train" and "val" to their shards in reading order."""
+    """A validated manifest.json. `splits` maps "train" and "val" to their shards in reading order. excerpt_tokens: the
+    shards hold excerpts of so many tokens each, one after the other; None: a stream of documents.
+    """
 
     folder: Path
     dtype: np.dtype[Any]
@@ -52,6 +54,7 @@ class Manifest:
     tokenizer_file: str
     vocab_size: int
     splits: dict[str, tuple[Shard, ...]]
+    excerpt_tokens: int | None = None
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -93,7 +96,17 @@ def read_manifest(folder: str | Path) -> Manifest:
         tokenizer_file=_plain_name(path, _field(path, tokenizer, "file", str, "tokenizer.")),
         vocab_size=vocab_size,
         splits={name: _shards(path, name, _field(path, splits, name, list, "splits."), dtype) for name in splits},
+        excerpt_tokens=_excerpt_tokens(path, data),
     )
+
+
+def _excerpt_tokens(path: Path, data: dict[str, Any]) -> int | None:
+    if data.get("excerpt_tokens") is None:
+        return None
+    size: int = _field(path, data, "excerpt_tokens", int)
+    if size < 1:
+        raise InputError(f"{path}: excerpt_tokens is {size}, expected at least 1; {REMEDY}")
+    return size
 
 
 def _plain_name(path: Path, name: str) -> str:

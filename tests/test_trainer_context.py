@@ -123,6 +123,8 @@ def test_four_ranks_as_shard_replicate_and_context(recipe: Path, alone: list[dic
         (4, ["context_parallel_size=0"], r"context_parallel_size=0 does not divide"),
         (4, ["context_parallel_size=4", "fsdp_config.replicate=2"], r"replicate=2 and context_parallel_size=4 .* 8"),
         (64, ["context_parallel_size=64"], r"context_parallel_size=64 processes cannot share the 50 tokens"),
+        (4, ["context_parallel_size=4", "length_curriculum=[{max_seq_len: 2, until: 1ba}]"],
+         r"cannot share the 2 tokens of a sequence \(length_curriculum\[0\].max_seq_len\)"),
         (2, ["context_parallel_size=2", "model.attn_config.prefix_lm=true"], r"prefix_lm=true.*set one"),
         (12, ["context_parallel_size=2"], r"global_train_batch_size=4 .* 6 groups of 2 processes; use 6 or 12"),
     ],

@@ -436,11 +436,13 @@ def _check_mesh(config: TrainConfig, world_size: int) -> None:
 
 def _check_context(config: TrainConfig, model_config: MptConfig) -> None:
     size = config.context_parallel_size
-    if size > config.max_seq_len:
-        raise InputError(
-            f"context_parallel_size={size} processes cannot share the {config.max_seq_len} tokens of a sequence "
-            "(max_seq_len); lower it"
-        )
+    lengths = {f"length_curriculum[{i}].max_seq_len": s.max_seq_len for i, s in enumerate(config.length_curriculum)}
+    for name, length in (lengths | {"max_seq_len": config.max_seq_len}).items():
+        if size > length:
+            raise InputError(
+                f"context_parallel_size={size} processes cannot share the {length} tokens of a sequence ({name}); "
+                "lower it"
+            )
     if size > 1 and model_config.attn_config.prefix_lm:
         raise InputError(
             f"context_parallel_size={size} with model.attn_config.prefix_lm=true: a prefix is seen from both sides, "

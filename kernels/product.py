@@ -50,7 +50,7 @@ def _rounded(rows: int) -> int:
     keeps lies between the results on the heap: where the number of tokens is another each time, memory would grow by
     megabytes a call.
     """
-    step = min(64, max(1, 1 << (rows.bit_length() - 4)))
+    step = min(64, 1 << max(0, rows.bit_length() - 4))
     return -(-rows // step) * step
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerance import Row, hold
 
-from kernels.product import product
+from kernels.product import _rounded, product
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,10 @@ def test_product_is_as_exact_as_torch(m: int, k: int, n: int, dtype: torch.dtype
         return [("product", ours, torch.mm(a, b.mT), a.double() @ b.double().mT)]
 
     hold(draw)
+
+
+def test_few_shapes_occur() -> None:
+    """Of 4,096 numbers of rows, with little added to any."""
+    rounded = [_rounded(rows) for rows in range(1, 4097)]
+    assert all(rows <= up <= rows + min(64, max(1, rows / 8)) for rows, up in enumerate(rounded, 1))
+    assert len(set(rounded)) < 110

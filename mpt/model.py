@@ -168,7 +168,11 @@ class MptAttention(nn.Module):
 
 
 class MptMLP(nn.Module):
-    """down_proj(gelu(up_proj(x))), GELU exact. chunk_size: tokens at a time, for kernels.mlp; None: all at once."""
+    """down_proj(gelu(up_proj(x))), GELU exact. chunk_size: tokens at a time, for kernels.mlp; None: all at once.
+
+    Fused, and in chunks, unless something else stands in a projection's place, such as an adapter around it, whose
+    forward has to be called.
+    """
 
     def __init__(self, config: MptConfig) -> None:
         super().__init__()
@@ -178,6 +182,8 @@ class MptMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.up_proj, self.down_proj
+        if type(up) is not nn.Linear or type(down) is not nn.Linear:
+            return down(F.gelu(up(x)))
         return kernels.mlp(x, up.weight, down.weight, up.bias, down.bias, chunk_size=self.chunk_size)
 
 

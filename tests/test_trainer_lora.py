@@ -153,6 +153,7 @@ def test_checkpoints_hold_adapters_and_resume_bit_for_bit(folder, done, tmp_path
     assert len(names) == 4 * 2 * 2 * len(TARGETS) and all(".lora_" in name for name in names)  # and AdamW's three
     overrides = [f"save_folder={tmp_path / 'cut'}", "export=false"]
     assert run(load_config(folder / "toy.yaml", [*overrides, "max_duration=4ba"])) == 0
+    assert (tmp_path / "cut" / "adapter").exists() and not (tmp_path / "cut" / "export").exists()
     assert run(load_config(folder / "toy.yaml", [f"save_folder={tmp_path / 'cut'}"])) == 0
     assert rows(tmp_path / "cut")[0] == rows(done)[0]
     for file in ("adapter/adapter_model.safetensors", "export/model.safetensors"):
@@ -209,15 +210,22 @@ def test_a_base_in_bf16_computes_what_one_in_fp32_does(folder):
 
 
 @pytest.mark.slow
-def test_ranks_agree(folder, done, tmp_path):
+def test_ranks_agree(folder, tmp_path):
+    """Sharded, replicated, sharing sequences: one curve, and one model."""
     overrides = ["max_duration=4ba", "lora.dropout=0", "fsdp_config.reduce_every_microbatch=true"]
     assert run(load_config(folder / "toy.yaml", [*overrides, f"save_folder={tmp_path / 'one'}"])) == 0
-    two = {"recipe": str(folder / "toy.yaml"), "overrides": [*overrides, f"save_folder={tmp_path / 'two'}"]}
-    assert launch(2, [two], tmp_path / "ranks") == [[0], [0]]
-    for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two")):
-        assert np.allclose(one, other, rtol=1e-5, atol=0)
-    one, other = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("one", "two"))
-    assert all(relative(other[name], weight) < 1e-4 for name, weight in one.items())
+    ways = {"shard": [], "replicate": ["fsdp_config.replicate=2"], "context": ["context_parallel_size=2"]}
+    two = [
+        {"recipe": str(folder / "toy.yaml"), "overrides": [*overrides, *way, f"save_folder={tmp_path / name}"]}
+        for name, way in ways.items()
+    ]
+    assert launch(2, two, tmp_path / "ranks") == [[0, 0, 0]] * 2
+    expected, export = rows(tmp_path / "one"), load_file(tmp_path / "one" / "export" / "model.safetensors")
+    for name in ways:
+        for ours, theirs in zip(rows(tmp_path / name), expected):
+            assert np.allclose(ours, theirs, rtol=1e-5, atol=0), name
+        weights = load_file(tmp_path / name / "export" / "model.safetensors")
+        assert all(relative(weights[key], weight) < 1e-3 for key, weight in export.items()), name
 
 
 @pytest.mark.parametrize("targets", [["Wqkv"], ["out_proj", "up_proj"], list(TARGETS)])

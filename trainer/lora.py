@@ -113,7 +113,10 @@ def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def base_sha256(load_path: str, model_config: MptConfig) -> str:
-    """What tells a base from others, wherever it lies and in whichever form: a SHA-256 of each weight's first row."""
+    """What tells a base from others, wherever it lies and in whichever form: a SHA-256 of every weight's first row.
+
+    Reading all of them would cost as much as loading. Raises InputError if there is none that fits.
+    """
     digest = hashlib.sha256()
     for name, stored in _base(load_path, model_config).items():
         digest.update(name.encode() + stored.rows(0, 1).float().contiguous().numpy().tobytes())
@@ -161,7 +164,7 @@ def _peft_config(config: LoraConfig, base: str | None = None) -> "peft.LoraConfi
 
     return PeftConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_alpha=int(config.alpha) if config.alpha % 1 == 0 else config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules),
         bias="none",

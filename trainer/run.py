@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -560,13 +560,18 @@ def _finish(loop: Loop) -> None:
             f"validation loss {loop.last_eval['eval_loss']:.4f} nats per token; "
             f"unigram entropy of the validation split {loop.unigram_entropy:.4f} nats"
         )
+    if config.lora is not None:
+        _save_adapters(loop, config.lora)
     if config.export:
         tokenizer = resolved.tokenizer_path
         tokenizer_files = [tokenizer, *settings_files(tokenizer)] if tokenizer is not None else []
         model_config = build_model_config(config)
         if model_config.eos_token_id is None:
             model_config.eos_token_id = loop.eos_id
-        tensors = None if config.lora is None else _export_adapters(loop, config.lora, model_config)
+        tensors = None
+        if config.lora is not None:
+            assert config.load_path is not None
+            tensors = merged(loop.model, config.lora, config.load_path, model_config, write=loop.world.rank == 0)
         export_hf(loop.model, model_config, folder / "export", tokenizer_files=tokenizer_files, tensors=tensors)
         loop.loggers.message(f"exported for transformers: {folder / 'export'}")
     if isinstance(loop.train_data, ExampleBatches):
@@ -581,20 +586,17 @@ def _finish(loop: Loop) -> None:
                 loop.loggers.message(f"warning: {folder / 'sample.txt'} could not be written ({e.strerror})")
 
 
-def _export_adapters(
-    loop: Loop, config: LoraConfig, model_config: MptConfig
-) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Write adapter/, in peft's format; the weights of the base with the adapters merged into it. Collective."""
-    folder, load_path, write = loop.resolved.run_folder / "adapter", loop.config.load_path, loop.world.rank == 0
+def _save_adapters(loop: Loop, config: LoraConfig) -> None:
+    """Write adapter/, in peft's format. Collective."""
+    folder, load_path = loop.resolved.run_folder / "adapter", loop.config.load_path
     assert load_path is not None
     error: Exception | None = None
     try:
-        save_adapters(loop.model, config, load_path, folder, write=write)
+        save_adapters(loop.model, config, load_path, folder, write=loop.world.rank == 0)
     except (OSError, SafetensorError) as e:
         error = InputError(f"{folder} could not be written: {e}; make room and run the same command again")
     loop.world.agree(error)
     loop.loggers.message(f"adapters in peft's format: {folder}")
-    return merged(loop.model, config, load_path, model_config, write=write)
 
 
 def _write_answers(loop: Loop) -> None:

@@ -194,7 +194,7 @@ class TrainConfig:
             raise InputError("lora trains adapters on a model that is there: name it in model.pretrained or load_path")
         if self.lora is not None and self.mlp_chunk_size is not None and self.lora.adapts_mlp:
             raise InputError(
-                f"mlp_chunk_size={self.mlp_chunk_size} has no effect with adapters around up_proj or down_proj; leave it "
+                f"mlp_chunk_size={self.mlp_chunk_size} has no effect with adapters on up_proj or down_proj; leave it "
                 "out, or take these out of lora.target_modules"
             )
         for key, value in self.tokenizer.kwargs.items():

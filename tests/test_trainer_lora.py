@@ -285,6 +285,7 @@ def test_it_says_which_gpu_has_room(folder, monkeypatch):
         ("lora.rank=0", "lora.rank=0; expected at least 1"),
         ("lora.rank=32", r"lora.rank=32: Wqkv is 96 x 32, so an adapter of that rank constrains nothing"),
         ("lora.alpha=0", "lora.alpha=0"),
+        ("mlp_chunk_size=8", "mlp_chunk_size=8 has no effect with adapters on up_proj or down_proj"),
         ("lora.dropout=1", "lora.dropout=1.*; expected at least 0 and below 1"),
         ("lora.target_module=[Wqkv]", "target_modules"),
     ],

@@ -268,7 +268,7 @@ def test_it_says_which_gpu_has_room(folder, monkeypatch):
     assert fits in str(plan(config, resolved, 1))
     module = import_module("trainer.plan")
     monkeypatch.setattr(module, "GPUS", ())
-    for size, said in ((2**34, "fits into this GPU's 16.00 GiB"), (2**20, "does not fit into this GPU's 1.0 MiB")):
+    for size, said in ((2**34, "fits into this GPU's 16.00 GiB"), (2**18, "does not fit into this GPU's 0.2 MiB")):
         one = import_module("dataclasses").replace(resolved, device_bytes=size)
         assert said in str(plan(config, one, 1))
 

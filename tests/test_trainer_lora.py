@@ -134,9 +134,9 @@ def test_a_run_trains_adapters_and_leaves_the_base(folder, done):
 
 def test_peft_and_transformers_compute_the_same(folder, done):
     ids = torch.randint(290, (2, 24))
-    ours = MptForCausalLM.from_pretrained(done / "export")
-    merged = transformers.MptForCausalLM.from_pretrained(done / "export", dtype=torch.float32)
-    base = transformers.MptForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    ours = MptForCausalLM.from_pretrained(done / "export", dtype=torch.float64)
+    merged = transformers.MptForCausalLM.from_pretrained(done / "export", dtype=torch.float64)
+    base = transformers.MptForCausalLM.from_pretrained(folder / "base", dtype=torch.float64)
     with torch.no_grad():
         plain = base(ids).logits
         adapted = peft.PeftModel.from_pretrained(base, done / "adapter").eval()

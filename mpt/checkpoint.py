@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from mpt import hub, mosaic_gpt
 from mpt.composer import read_composer
 from mpt.config import MptConfig, foundry_defaults, mapping, parameter_shapes
-from mpt.initialize import init_weights, local_rows, plain_name
+from mpt.initialize import init_weights, is_adapter, local_rows, plain_name
 from mpt.manifest import is_run
 from mpt.step_folder import read_step_folder
 from mpt.tensor_files import Stored, read_folder, read_json, short
@@ -390,7 +390,8 @@ def causal_lm_tensors(source: Source, config: MptConfig) -> dict[str, Stored]:
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    """The model's own parameters, by their names in a checkpoint; adapters are left as they are."""
+    return {plain_name(name): parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
 
 
 def _drop_tied_head(stored: dict[str, Stored], path: Path) -> None:

@@ -53,8 +53,17 @@ def init_weights(model: nn.Module, seed: int, *, only: Container[str] | None = N
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name in a checkpoint: without what activation checkpointing and torch.compile put into the path."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    """A parameter's name in a checkpoint: without what activation checkpointing, torch.compile and an adapter around
+    its layer put into the path.
+    """
+    for part in ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer."):
+        name = name.replace(part, "")
+    return name
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is a LoRA adapter's, by peft's names, and none of the model's own."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def local_rows(name: str, tensor: Tensor) -> tuple[Tensor, int]:
@@ -71,8 +80,14 @@ def local_rows(name: str, tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def _segments(name: str, shape: tuple[int, ...], config: MptConfig) -> list[tuple[int, int, Draw]]:
-    """What to draw for a parameter: (first row, last row + 1, distribution). Wqkv is three weights, drawn apart."""
+    """What to draw for a parameter: (first row, last row + 1, distribution). Wqkv is three weights, drawn apart.
+
+    Adapters begin as peft's do, A as torch's Linear and B at 0: the model is the base.
+    """
     init, rows = config.init_config, shape[0]
+    if is_adapter(name):
+        limit = 1.0 / math.sqrt(shape[1])
+        return [(0, rows, Draw("uniform", -limit, limit) if ".lora_A." in name else Draw("constant", 0.0))]
     if init is not None and init.name == "default_":
         return [(0, rows, _torch_default(name, shape, config))]
     if len(shape) == 1:

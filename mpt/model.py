@@ -112,6 +112,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if type(weight) is not nn.Parameter or weight.dtype != x.dtype:  # DTensor, a tensor subclass of someone's
         return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():  # the compiler chooses a product of its own, and cannot lower a call of this one
+        return F.linear(x, weight, bias)
     out = product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
     return out if bias is None else out.add_(bias)
 
@@ -168,7 +170,11 @@ class MptAttention(nn.Module):
 
 
 class MptMLP(nn.Module):
-    """down_proj(gelu(up_proj(x))), GELU exact. chunk_size: tokens at a time, for kernels.mlp; None: all at once."""
+    """down_proj(gelu(up_proj(x))), GELU exact. chunk_size: tokens at a time, for kernels.mlp; None: all at once.
+
+    Fused, and in chunks, unless something else stands in a projection's place, such as an adapter around it, whose
+    forward has to be called.
+    """
 
     def __init__(self, config: MptConfig) -> None:
         super().__init__()
@@ -178,6 +184,8 @@ class MptMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.up_proj, self.down_proj
+        if type(up) is not nn.Linear or type(down) is not nn.Linear:
+            return down(F.gelu(up(x)))
         return kernels.mlp(x, up.weight, down.weight, up.bias, down.bias, chunk_size=self.chunk_size)
 
 

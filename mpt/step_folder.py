@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from mpt.errors import InputError
-from mpt.initialize import plain_name
+from mpt.initialize import is_adapter, plain_name
 from mpt.manifest import INDEX, DamagedCheckpoint, check_files, find, read_index, read_manifest
 from mpt.tensor_files import Stored, load_archive
 
@@ -30,6 +30,11 @@ def read_step_folder(path: Path, *, check_hashes: bool) -> tuple[Path, dict[str,
     manifest = read_manifest(folder)
     check_files(folder, manifest, hashes=check_hashes)
     index = read_index(folder, manifest)
+    if any(map(is_adapter, index.state_dict_metadata)):
+        raise InputError(
+            f"{folder} holds LoRA adapters, not the model that they were trained on; give the run's export/, which is "
+            "written when it is done and has both, merged"
+        )
     sizes = {file: entry["bytes"] for file, entry in manifest.files.items()}
     try:
         tensors = {

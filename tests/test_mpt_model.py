@@ -325,6 +325,14 @@ def test_linear_without_gradients(bias: bool) -> None:
         assert out.numel() == 0 or relative(out, plain) < 1e-5
 
 
+def test_a_compiled_layer_leaves_its_product_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = MptLinear(64, 64, bias=False), torch.randn(512, 64)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr("mpt.model.product", None)
+        assert torch.allclose(torch.compile(layer, backend="eager", fullgraph=True)(x), expected, atol=1e-6)
+
+
 def test_tied_head() -> None:
     model = MptForCausalLM(MptConfig(**SHAPE))
     assert model.get_output_embeddings() is model.get_input_embeddings() and "lm_head.weight" not in model.state_dict()

@@ -30,6 +30,8 @@ FINETUNES = {
     "mpt-7b-instruct": ("mpt-7b", 5e-6, (0.9, 0.999), 48, 2048, "2ep", False, 8),
     "mpt-7b-chat": ("mpt-7b", 5e-6, (0.9, 0.999), 48, 2048, "2ep", True, 8),
     "mpt-30b-instruct": ("mpt-30b", 9.65e-6, (0.9, 0.95), 72, 8192, "8ep", True, 72),
+    "mpt-7b-lora": ("mpt-7b", 2e-4, (0.9, 0.999), 16, 2048, "1ep", True, 1),
+    "mpt-tiny-lora": ("mpt-tiny", 5e-3, (0.9, 0.95), 4, 512, "1ep", True, 2),
     "mpt-tiny-instruct": ("mpt-tiny", 1e-3, (0.9, 0.95), 4, 512, "1ep", True, 2),
     "mpt-tiny-chat": ("mpt-tiny", 1e-3, (0.9, 0.95), 4, 512, "1ep", True, 2),
 }
@@ -124,6 +126,15 @@ def test_values_of_the_fine_tunes(name, load):
     assert (dataset.packing, dataset.template) == (packing, held_out.template)
     assert (dataset.hf_name, dataset.local) == (held_out.hf_name, held_out.local)
     assert dataset.split != held_out.split and config.eval_first
+
+
+def test_the_7b_adapters_are_planned_for_one_gpu_of_24_gib(load):
+    config = load("mpt-7b-lora", "max_duration=1000ba", "eval_interval=0", "save_interval=0")
+    numbers = plan(config, validate(config, 1, open_data=False), 1)
+    assert numbers.adapters == 32 * 16 * (4096 + 3 * 4096 + 2 * 4096 + 2 * 5 * 4096)
+    assert "fits into a GPU of 24 GiB" in str(numbers)
+    tiny = load("mpt-tiny-lora")
+    assert tiny.lora == config.lora and tiny.activation_checkpointing == config.activation_checkpointing == "full"
 
 
 @pytest.mark.parametrize("name", STORYWRITERS)

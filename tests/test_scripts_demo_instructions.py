@@ -1,5 +1,6 @@
 """The fine-tuning demos' data; and, in the slow part, the demos themselves: pretrained, then taught, then better."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def test_the_demos_learn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quiet = ["loggers.progress=false", "save_interval=0ba", "eval_interval=0ba", "scheduler.t_warmup=5ba"]
     assert run(load_config(ROOT / "yaml/mpt-tiny.yaml", ["max_duration=60ba", *quiet])) == 0
-    for name in ("mpt-tiny-instruct", "mpt-tiny-chat"):
+    adapters = ["mpt-tiny-lora"] if importlib.util.find_spec("peft") else []
+    for name in ("mpt-tiny-instruct", "mpt-tiny-chat", *adapters):
         assert run(load_config(ROOT / f"yaml/{name}.yaml", ["max_duration=60ba", *quiet])) == 0
         assert check_run.main([f"runs/{name}"]) == 0
         assert "## Prompt 3" in Path(f"runs/{name}/samples.md").read_text()

@@ -7,6 +7,7 @@ import pytest
 from mpt import MptConfig
 from trainer.config import load_config, validate
 from trainer.errors import InputError
+from trainer.lora import LoraConfig
 
 # The form of later releases: values under `variables`.
 NEW = """\
@@ -491,6 +492,25 @@ def test_a_local_data_set_under_hf_name(load, base, tmp_path):
         ("BASE", str(base)), ("mosaicml/dolly_hhrlhf", str(tmp_path / "examples")), text=FINETUNING
     ).train_loader.dataset
     assert (dataset.local, dataset.hf_name, dataset.split) == (str(tmp_path / "examples"), None, "train")
+
+
+def test_adapters_of_a_finetuning_yaml(load, base):
+    def lora(settings):
+        return load(("BASE", str(base)), ("  pretrained: true", f"  peft_config: {settings}"), text=FINETUNING).lora
+
+    full = (
+        "{peft_type: LORA, task_type: CAUSAL_LM, r: 16, lora_alpha: 32, lora_dropout: 0.1, target_modules: [up_proj]}"
+    )
+    assert lora(full) == LoraConfig(16, 32, 0.1, ["up_proj"])
+    assert lora("{peft_type: LORA}") == LoraConfig(8, 8, 0.0, ["Wqkv"])  # peft's defaults
+    assert lora("null") is None
+    for settings, message in (
+        ("{peft_type: IA3}", "model.peft_config.peft_type: 'IA3' is not supported; expected LORA"),
+        ("{use_dora: true}", "model.peft_config.use_dora: is not supported; known are r, lora_alpha"),
+        ("{target_modules: [q]}", "lora.target_modules: q: no such layer"),
+    ):
+        with pytest.raises(InputError, match=rf"theirs.yaml:\d+: .*{message}"):
+            lora(settings)
 
 
 @pytest.mark.parametrize(

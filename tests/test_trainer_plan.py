@@ -30,12 +30,13 @@ def of(config, world, micro_batch=1):
     return memory(config, validate(config, world, open_data=False).model_config, world, micro_batch)
 
 
-def saved_bytes(model_config, mode, batch):
+def saved_bytes(model_config, mode, batch, prepare=lambda model: None):
     """Bytes of distinct activations alive between forward and backward, parameters left out.
 
     Autograd's own are seen by its hooks, those that selective checkpointing keeps by the garbage collector.
     """
     model = MptForCausalLM(model_config).train()
+    prepare(model)
     model.transformer.set_activation_checkpointing(mode)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

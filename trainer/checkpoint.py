@@ -4,7 +4,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import mpt.checkpoint
 from mpt import MptConfig, hub
+from mpt.initialize import is_adapter
 from mpt.manifest import (
     INDEX,
     LATEST,
@@ -341,11 +342,11 @@ def load_weights(path: Path | str, model: nn.Module) -> None:
 
     path: a `step-N` folder, a run's folder (its latest checkpoint), or what else mpt.checkpoint.open_checkpoint takes:
     a Hugging Face directory, a name on the hub, a Composer file. What its configuration says differently is not
-    warned of: validate notes it. Collective.
+    warned of: validate notes it. Adapters are left as they are. Collective.
     Raises InputError if there is none, if it is damaged, or, with a table, if names or shapes are not the model's.
     """
     local = _agree(None, lambda: _as_input_error(hub.local_path, path))[_place()[0]]
-    if not is_own(local):
+    if not is_own(local) or any(is_adapter(name) for name, _ in model.named_parameters()):
         _agree(None, lambda: _as_input_error(_fill, model, local))
         return
     found = find(local)
@@ -391,13 +392,15 @@ def export_hf(
     folder: Path,
     tokenizer_files: Sequence[Path] = (),
     dtype: torch.dtype | None = None,
+    tensors: Iterable[tuple[str, Callable[[], Tensor]]] | None = None,
 ) -> None:
     """Write a sharded model as a Hugging Face directory (safetensors, config.json, tokenizer files). Collective.
 
     One parameter at a time is gathered, so no rank ever holds the model whole. dtype: of the file, the parameters' own
-    if None. Raises InputError, on all ranks, if `folder` cannot be written; an older export there stays then.
+    if None. tensors: in place of the model's parameters, (name, function that all ranks call). Raises InputError, on
+    all ranks, if `folder` cannot be written; an older export there stays then.
     """
-    tensors = iter(whole_parameters(model))
+    tensors = iter(whole_parameters(model) if tensors is None else tensors)
     error: Exception | None = None
     try:
         companions = {file.name: file.read_bytes() for file in tokenizer_files}

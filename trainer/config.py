@@ -18,7 +18,7 @@ from kernels import backend
 from mpt import MptConfig
 from mpt.config import parameter_shapes
 from mpt.hub import is_hub_name, local_path
-from trainer import foundry, pretrained, samples, yamlfile
+from trainer import foundry, lora, pretrained, samples, yamlfile
 from trainer.checkpoint import compare_shapes, describe
 from trainer.curriculum import LengthStage, check_curriculum, check_ends
 from trainer.data import (
@@ -36,6 +36,7 @@ from trainer.data.tokenizer import TOKENIZER, open_tokenizer
 from trainer.duration import Duration, parse
 from trainer.errors import InputError
 from trainer.loggers import LoggersConfig
+from trainer.lora import LoraConfig
 from trainer.metrics import ProfileConfig
 from trainer.optim import OptimizerConfig, SchedulerConfig
 from trainer.parallel import FsdpConfig, check_sizes
@@ -90,6 +91,7 @@ class TrainConfig:
         examples.
     model: fields of mpt.MptConfig; max_seq_len may be left out there. A file may name a model in `pretrained`, whose
         configuration then fills in what is left out, see trainer.pretrained.
+    lora: train adapters on the model that load_path names, which stays as it is; null: train the model.
     """
 
     run_name: str
@@ -132,6 +134,7 @@ class TrainConfig:
     eval_loader: LoaderConfig | None = None
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    lora: LoraConfig | None = None
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
     loggers: LoggersConfig = field(default_factory=LoggersConfig)
 
@@ -187,6 +190,13 @@ class TrainConfig:
         for name, kind in (("sample_prompt", "text"), ("sample_prompts", "finetuning")):
             if getattr(self, name) and self.train_loader.name != kind:
                 raise InputError(f"{name} is for a train_loader of name: {kind}; this one is {self.train_loader.name}")
+        if self.lora is not None and self.load_path is None:
+            raise InputError("lora trains adapters on a model that is there: name it in model.pretrained or load_path")
+        if self.lora is not None and self.mlp_chunk_size is not None and self.lora.adapts_mlp:
+            raise InputError(
+                f"mlp_chunk_size={self.mlp_chunk_size} has no effect with adapters on up_proj or down_proj; leave it "
+                "out, or take these out of lora.target_modules"
+            )
         for key, value in self.tokenizer.kwargs.items():
             if key != "model_max_length" or value != self.max_seq_len:
                 raise InputError(
@@ -301,6 +311,8 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
 
     tokenizer_path = tokenizer_sha256 = data = validation = None
     if open_data:
+        if config.lora is not None:
+            lora.check(config.lora, model_config)
         if config.load_path is not None:
             _check_load_path(config.load_path, model_config)
             notes += [f"load_path's {d}" for d in pretrained.differences(config.load_path, configured)]

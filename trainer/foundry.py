@@ -70,6 +70,13 @@ IGNORED = (
     "save_weights_only",
     "spin_dataloaders",
 )
+# Of peft's LoraConfig: ours, and peft's default for an MPT.
+_LORA = {
+    "r": ("rank", 8),
+    "lora_alpha": ("alpha", 8),
+    "lora_dropout": ("dropout", 0.0),
+    "target_modules": ("target_modules", ["Wqkv"]),
+}
 _FSDP_OURS = ("replicate", "reshard_after_forward", "reduce_dtype", "reduce_every_microbatch", "cpu_offload")
 _DATASET_OURS = ("local", "split", "shuffle", "shuffle_seed", "mix")
 _EXAMPLES_OURS = ("hf_name", "split", "shuffle", "shuffle_seed")
@@ -156,6 +163,8 @@ def translate(source: Source, fields: Collection[str]) -> list[str]:
     out = {key: values[key] for key in values if key in fields}
     out["run_name"] = _run_name(values)
     out["model"] = _model(t)
+    if t.at(("model", "peft_config")):
+        out["lora"] = _lora(t)
     out["tokenizer"] = _tokenizer(t)
     out["train_loader"] = _loader(t, "train_loader")
     if values.get("eval_loader") is not None:
@@ -207,7 +216,7 @@ def _pretrained(t: _Translation, model: dict[str, Any]) -> dict[str, Any]:
     place: Place = ("model",)
     t.only(place, model, "name", ["hf_causal_lm", "mpt_causal_lm"])
     t.only(place, model, "pretrained", [True])
-    t.only(place, model, "peft_config", [None])
+    model.pop("peft_config", None)  # see _lora
     t.source.lines.pop((*place, "pretrained"), None)
     t.moved((*place, "pretrained_model_name_or_path"), (*place, "pretrained"))
     overrides = t.section((*place, "config_overrides"))
@@ -218,6 +227,18 @@ def _pretrained(t: _Translation, model: dict[str, Any]) -> dict[str, Any]:
     if attn:
         overrides["attn_config"] = {key: value for key, value in attn.items() if key not in ATTN_BOOKKEEPING}
     return {"pretrained": model["pretrained_model_name_or_path"], **overrides}
+
+
+def _lora(t: _Translation) -> dict[str, Any]:
+    place: Place = ("model", "peft_config")
+    theirs = t.section(place)
+    for key, value in (("peft_type", "LORA"), ("task_type", "CAUSAL_LM"), ("bias", "none"), ("inference_mode", False)):
+        t.only(place, theirs, key, [value])
+    if unknown := [key for key in theirs if key not in _LORA]:
+        raise t.error((*place, unknown[0]), f"is not supported; known are {', '.join(_LORA)}")
+    for key, (ours, _) in _LORA.items():
+        t.moved((*place, key), ("lora", ours))
+    return {ours: theirs.get(key, default) for key, (ours, default) in _LORA.items()}
 
 
 def _tokenizer(t: _Translation) -> dict[str, Any]:

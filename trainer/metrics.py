@@ -59,19 +59,23 @@ class ProfileConfig:
             raise InputError(f"profile.steps={self.steps} is a number of steps to record, at least 1")
 
 
-def flops_per_token(model_config: MptConfig, seq_len: int) -> float:
+def flops_per_token(model_config: MptConfig, seq_len: int, adapters: int | None = None) -> float:
     """FLOPs that training on one token takes, forward and backward, at sequences of seq_len tokens.
 
     6 per weight of every matrix that multiplies (2 forward, 4 backward; lm_head counts, tied or not, the embedding
     lookup does not), plus attention 12 * n_layers * d_model * seq_len: two products, each with seq_len keys per query.
     As is the field's convention (PaLM, arXiv:2204.02311, appendix B) attention counts the whole S x S square although
     half of it is masked, and recomputation by activation checkpointing counts nothing.
+
+    adapters: parameters of LoRA's, where these train alone: 6 for each, and 4 per weight of the frozen base, which
+    needs no gradient.
     """
     c = model_config
     per_layer = c.d_model * (c.n_heads + 2 * c.kv_heads) * c.d_head  # Wqkv
     per_layer += c.d_model * c.d_model + 2 * c.d_model * c.d_ffn  # out_proj, up_proj, down_proj
     matrices = c.n_layers * per_layer + c.vocab_size * c.d_model
-    return 6.0 * matrices + 12.0 * c.n_layers * c.d_model * seq_len
+    own = 6.0 * matrices if adapters is None else 4.0 * matrices + 6.0 * adapters
+    return own + 12.0 * c.n_layers * c.d_model * seq_len
 
 
 def peak_of_name(name: str, dtype: torch.dtype) -> float | None:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from mpt.initialize import is_adapter
 from trainer.errors import InputError
 
 Shape = tuple[int, ...]
@@ -35,6 +36,7 @@ def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """All that a checkpoint holds, sharing storage with model and optimizer. DTensors stay DTensors.
 
+    Of a model with adapters these alone: its base does not change, and is in the checkpoint that it came from.
     Hyperparameters are not state: the configuration has them. Raises ValueError for optimizer state that is not a
     tensor, or is a bare local part of a sharded parameter's.
     """
@@ -43,6 +45,8 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> di
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, nn.Parameter):
             tensors[f"model.{name}"] = tensor
+    if any(map(is_adapter, tensors)):
+        tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
     for parameter, slots in optimizer.state.items() if optimizer is not None else ():
         for slot, value in slots.items():
             name = f"optim.{parameters[cast(nn.Parameter, parameter)]}.{slot}"

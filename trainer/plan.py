@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mpt import MptConfig
 from mpt.config import count_parameters, parameter_shapes
 from mpt.context import deal, slopes_of
+from trainer.lora import LoraConfig, count_adapters, target_shapes
 from trainer.metrics import flops_per_token
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ GIB = 2**30
 CPU_TOKENS = 4096  # of a micro-batch: more brings no speed on a CPU, only memory
 DEVICE_SHARE = 0.92  # of a GPU's memory that the estimate may fill; the rest is CUDA's context and fragmentation
 FP32 = 4
+GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GiB of those that there are
 LOSS_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # logits at once, as kernels.linear_cross_entropy chooses them
 SHARDS = ("weights", "gradients", "optimizer state")  # the kinds that cpu_offload moves
 MLP_CHUNK = 8192  # tokens, as a setting to propose: enough for matrix products that fill a GPU
@@ -25,6 +27,7 @@ MLP_CHUNK = 8192  # tokens, as a setting to propose: enough for matrix products 
 @dataclass(frozen=True)
 class Plan:
     """A run in numbers. `memory`: bytes on one rank by kind; `host_memory`: the same in host memory (cpu_offload).
+    `adapters`: parameters of LoRA's, where these train alone. `fits`: into which GPU, where that is known.
     `context`: ranks that share a sequence; `context_balance`: the most attention work expected of one over their mean.
     `notes`: what a reader should know before starting it. `stages`: of the length curriculum, (end in steps, length).
     `less`: a setting that is not used -> the device's memory with it, where that saves at least 2 %.
@@ -33,6 +36,7 @@ class Plan:
     name: str
     run_folder: str
     parameters: int
+    adapters: int | None
     steps: int
     tokens: int
     tokens_per_step: int
@@ -47,6 +51,7 @@ class Plan:
     seq_len: int
     memory: dict[str, int]
     host_memory: dict[str, int]
+    fits: str
     notes: tuple[str, ...]
     stages: tuple[tuple[int, int], ...] = ()
     less: dict[str, int] = field(default_factory=dict)
@@ -66,6 +71,7 @@ class Plan:
         rows = [
             ("run", f"{self.name} -> {self.run_folder}"),
             ("parameters", f"{self.parameters:,}"),
+            *self._adapters_row(),
             ("length", f"{self.steps:,} steps, {self.tokens:,} tokens ({per_parameter:.3g} per parameter)"),
             ("step", f"{self.batch:,} sequences of {length} = {self.tokens_per_step:,} tokens"),
             ("", f"{processes} x micro-batch {self.micro_batch} x {self.accumulation} accumulated"),
@@ -78,8 +84,16 @@ class Plan:
         rows += [("", f"{_bytes(size):>9}  {kind}") for kind, size in kinds]
         rows.append(("", f"{_bytes(self.total_memory):>9}  in all" + (" on the device" if self.host_memory else "")))
         rows += [("", f"{_bytes(size):>9}  with {setting}") for setting, size in self.less.items()]
+        if self.fits:
+            rows.append(("", self.fits))
         rows += [("note", text) for text in self.notes]
         return "\n".join(f"{name:<14}{text}".rstrip() for name, text in rows)
+
+    def _adapters_row(self) -> list[tuple[str, str]]:
+        if self.adapters is None:
+            return []
+        share = self.adapters / self.parameters
+        return [("", f"{self.adapters:,} more train, those of the adapters ({share:.2%}); the model itself is frozen")]
 
     def _context_row(self) -> list[tuple[str, str]]:
         if self.context == 1:
@@ -100,14 +114,16 @@ def plan(config: "TrainConfig", resolved: "Resolved", world_size: int) -> Plan:
     device = memory(config, resolved.model_config, world_size, resolved.micro_batch)
     context, slopes = config.context_parallel_size, slopes_of(resolved.model_config)
     host = host_memory(config, resolved.model_config, device, resolved.micro_batch)
+    adapters = None if config.lora is None else count_adapters(config.lora, resolved.model_config)
     return Plan(
         name=config.run_name,
         run_folder=str(resolved.run_folder),
         parameters=count_parameters(resolved.model_config),
+        adapters=adapters,
         steps=resolved.steps,
         tokens=resolved.steps * resolved.tokens_per_step,
         tokens_per_step=resolved.tokens_per_step,
-        flops_per_token=flops_per_token(resolved.model_config, config.max_seq_len),
+        flops_per_token=flops_per_token(resolved.model_config, config.max_seq_len, adapters),
         batch=config.global_train_batch_size,
         world_size=world_size,
         replicate=config.fsdp_config.replicate,
@@ -118,6 +134,7 @@ def plan(config: "TrainConfig", resolved: "Resolved", world_size: int) -> Plan:
         seq_len=config.max_seq_len,
         memory=device,
         host_memory=host,
+        fits=_fits(config, resolved, sum(device.values())),
         notes=tuple(_notes(config, resolved, sum(device.values()))),
         stages=resolved.stages,
         less=_less(config, resolved, world_size, sum(device.values())),
@@ -147,7 +164,7 @@ def _less(config: "TrainConfig", resolved: "Resolved", world_size: int, device_b
         changes["activation_checkpointing=full"] = {"activation_checkpointing": "full"}
     elif not config.activation_offload and config.device != "cpu":
         changes["activation_offload=true"] = {"activation_offload": True}
-    if config.mlp_chunk_size is None and long:
+    if config.mlp_chunk_size is None and long and config.lora is None:
         changes[f"mlp_chunk_size={MLP_CHUNK}"] = {"mlp_chunk_size": MLP_CHUNK}
     if optimizer.name == "decoupled_lionw" and optimizer.state_dtype == "fp32":
         changes["optimizer.state_dtype=bf16"] = {"optimizer": replace(optimizer, state_dtype="bf16")}
@@ -165,6 +182,17 @@ def _less(config: "TrainConfig", resolved: "Resolved", world_size: int, device_b
     return out
 
 
+def _fits(config: "TrainConfig", resolved: "Resolved", device_bytes: int) -> str:
+    """Which GPU has room, or whether this one has; nothing where the run is to be on a CPU."""
+    if config.device == "cpu":
+        return ""
+    if resolved.device_bytes is not None:
+        verb = "fits" if device_bytes <= DEVICE_SHARE * resolved.device_bytes else "does not fit"
+        return f"{verb} into this GPU's {_bytes(resolved.device_bytes)}"
+    smallest = next((size for size in GPUS if device_bytes <= DEVICE_SHARE * size * GIB), None)
+    return "fits into no GPU of today" if smallest is None else f"fits into a GPU of {smallest} GiB"
+
+
 def _notes(config: "TrainConfig", resolved: "Resolved", device_bytes: int) -> Iterator[str]:
     yield from resolved.notes
     if resolved.warmup_steps >= min(resolved.steps, resolved.decay_steps):
@@ -180,7 +208,8 @@ def _notes(config: "TrainConfig", resolved: "Resolved", device_bytes: int) -> It
 def memory(config: "TrainConfig", model_config: MptConfig, world_size: int, micro_batch: int) -> dict[str, int]:
     """Bytes that one rank holds at the fullest moment of a step, by kind, and a margin of 5 % for fragmentation.
 
-    weights, gradients, optimizer state: fp32 shards (Lion's average perhaps bf16). gathered weights: the root
+    weights, gradients, optimizer state: fp32 shards (Lion's average perhaps bf16); with LoRA of the adapters alone, and
+    the frozen weights in the compute dtype. gathered weights: the root
     (embedding, final norm, head) and two blocks (in use, and fetched ahead) in the compute dtype, or all blocks without
     reshard_after_forward. unreduced gradients: the root's and one block's; with accumulation the whole model's, unless
     ranks sum after every micro-batch. activations: what every block keeps for the backward; with checkpointing they are
@@ -204,14 +233,19 @@ def memory(config: "TrainConfig", model_config: MptConfig, world_size: int, micr
 
 def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, micro_batch: int) -> list[dict[str, int]]:
     """What is held while the loss is computed, in the backward of the last and of the first block, and in the step."""
-    c, fsdp = model_config, config.fsdp_config
+    c, fsdp, lora = model_config, config.fsdp_config, config.lora
     device_type = "cpu" if config.device == "cpu" else "cuda"
     width = 2 if config.precision == "amp_bf16" else FP32
     reduce_width = FP32 if config.precision == "fp32" or fsdp.reduce_dtype == "fp32" else 2
     shard = world_size // fsdp.replicate
-    n = count_parameters(c)
+    own = count_parameters(c)
     block = sum(math.prod(shape) for name, shape in parameter_shapes(c).items() if ".blocks.0." in name)
-    root = n - c.n_layers * block
+    root = own - c.n_layers * block
+    trained, frozen, trained_block, trained_root = own, 0, block, root
+    if lora is not None:
+        trained, frozen, trained_root = count_adapters(lora, c), own, 0
+        trained_block = trained // c.n_layers
+        block += trained_block
     context = config.context_parallel_size
     tokens = micro_batch * _ceil(config.max_seq_len, context)
     accumulates = config.global_train_batch_size > micro_batch * (world_size // context)
@@ -221,27 +255,33 @@ def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, mi
 
     mode, chunk = config.activation_checkpointing, config.mlp_chunk_size
     per_block = saved_per_block(c, tokens, width, chunked=chunk is not None)
+    if lora is not None:
+        per_block["none"] += saved_per_adapters(c, lora, tokens, width)
     inputs = "activations" if mode == "none" else "block inputs"
     kept = c.n_layers * per_block[mode]
     if config.activation_offload:  # their copies on the way to the host and back
         block_input = tokens * c.d_model * width
         kept += (min(2, c.n_layers) - c.n_layers) * block_input if device_type == "cuda" else 0
     work = per_block["none"] - per_block[mode] + _backward_temporaries(c, tokens, width, chunk, device_type)
-    shards = _ceil(n, shard) * FP32
-    one_block = width * root + (width + reduce_width) * block
-    state = {"weights": shards, "optimizer state": _ceil(n, shard) * average if lion else 2 * shards}
+    shards = _ceil(trained, shard) * FP32
+    one_block = width * trained_root + (width + reduce_width) * trained_block
+    state = {
+        "weights": shards + _ceil(frozen, shard) * width,
+        "optimizer state": _ceil(trained, shard) * average if lion else 2 * shards,
+    }
     model = state | {"gathered weights": width * (root + (min(2, c.n_layers) if fsdp.reshard_after_forward
                                                           else c.n_layers) * block)}  # fmt: skip
     keys = 2 * micro_batch * config.max_seq_len * c.kv_heads * c.d_head * width if context > 1 else 0
     group = {"keys of the group": keys * (3 + (c.n_layers if mode == "none" else 1))}
-    step = _step_temporaries(c, config.optimizer.decay_all, shard, average) if lion and device_type == "cpu" else 0
+    lion_temporaries = lion and device_type == "cpu" and lora is None  # the adapters' are small
+    step = _step_temporaries(c, config.optimizer.decay_all, shard, average) if lion_temporaries else 0
     early = {"gradients": shards if accumulates and not whole else 0}
-    unreduced = n * reduce_width
+    unreduced = trained * reduce_width
     late = {"gradients": shards, inputs: kept // c.n_layers}
     return [
         model | early | {"unreduced gradients": unreduced if whole else 0, inputs: kept,
                          "keys of the group": keys * c.n_layers if mode == "none" else 0,
-                         "loss": _loss(c, tokens, width, device_type)},
+                         "loss": _loss(c, tokens, width, device_type, frozen=lora is not None)},
         model | group | early | {"unreduced gradients": unreduced if whole else one_block, inputs: kept,
                          "one block's work": work},
         model | group | late | {"unreduced gradients": one_block, "one block's work": work},
@@ -265,6 +305,16 @@ def saved_per_block(c: MptConfig, tokens: int, width: int, *, chunked: bool = Fa
     rest = tokens * width * (4 * c.d_model + qkv + extra + hidden) + statistics + dropout
     block_input = tokens * c.d_model * width
     return {"none": rest + attention, "full": block_input, "selective": block_input + attention}
+
+
+def saved_per_adapters(c: MptConfig, lora: LoraConfig, tokens: int, width: int) -> int:
+    """Bytes that one block's adapters keep besides: what lies between A and B, dropout's result and mask, and the
+    activated hidden width, which the fused MLP does without.
+    """
+    shapes = target_shapes(lora, c)
+    dropped = sum(in_features for _, in_features in shapes.values()) * (width + 1) if lora.dropout else 0
+    hidden = c.d_ffn * width if "down_proj" in shapes else 0
+    return tokens * (lora.rank * width * len(shapes) + dropped + hidden)
 
 
 def choose_micro_batch(
@@ -314,13 +364,13 @@ def _backward_temporaries(c: MptConfig, tokens: int, width: int, chunk: int | No
     return max(mlp, tokens * (attention - gone))
 
 
-def _loss(c: MptConfig, tokens: int, width: int, device_type: str) -> int:
+def _loss(c: MptConfig, tokens: int, width: int, device_type: str, *, frozen: bool) -> int:
     """A chunk of logits in the compute dtype beside the head's gradient in fp32, or, later, that gradient scaled; and
-    the last block's output, normed, with its gradient.
+    the last block's output, normed, with its gradient. A frozen head has no gradient.
     """
     count = _ceil(tokens, max(1, LOSS_CHUNK[device_type] // c.vocab_size))
     logits = _ceil(tokens, count) * c.vocab_size * width
-    head = c.vocab_size * c.d_model
+    head = 0 if frozen else c.vocab_size * c.d_model
     part = head * (FP32 if device_type == "cuda" else 0 if width == FP32 else width)  # a chunk's, before it is added
     scaled = head * (FP32 + (0 if width == FP32 else width))
     return head * FP32 + max(logits + part, scaled) + 4 * tokens * c.d_model * width

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 import kernels.backend
 from mpt import MptConfig, MptForCausalLM
@@ -30,6 +31,7 @@ from trainer.data.tokenizer import open_tokenizer, settings_files
 from trainer.errors import InputError
 from trainer.history import replace_file
 from trainer.loggers import Loggers
+from trainer.lora import LoraConfig, adapters, add_adapters, base_sha256, count_adapters, merged, save_adapters
 from trainer.metrics import StepTimer, TokenAccuracy, flops_per_token, memory_gib, peak_flops, profiler
 from trainer.optim import build_optimizer, clip_grad_norm, lr_multiplier, set_lr
 from trainer.parallel import (
@@ -131,9 +133,14 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
         on_error=config.on_save_error,
     )
     state = TrainState()
+    if config.lora is not None:
+        assert config.load_path is not None
+        load_weights(config.load_path, model)  # checkpoints hold the adapters alone
     restored = checkpointer.restore(model, optimizer)
     if restored is not None:
         state = TrainState(**restored)
+    elif config.lora is not None:
+        init_weights(model, config.seed, only=adapters(model))
     elif config.load_path:
         load_weights(config.load_path, model)
     else:
@@ -163,6 +170,10 @@ def _sharded_model(config: TrainConfig, model_config: MptConfig, world: World) -
     """The model, sharded and on its device, not yet initialised: built on meta, so no rank ever holds it whole."""
     with torch.device("meta"):
         model = MptForCausalLM(model_config)
+        if config.lora is not None:
+            # The blocks compute in this dtype: a base that does not train needs no other.
+            bf16 = config.precision == "amp_bf16"
+            add_adapters(model, config.lora, base_dtype=torch.bfloat16 if bf16 else torch.float32)
     model.transformer.set_activation_checkpointing(config.activation_checkpointing, offload=config.activation_offload)
     model.transformer.set_mlp_chunk_size(config.mlp_chunk_size)
     if config.compile:
@@ -174,13 +185,18 @@ def _sharded_model(config: TrainConfig, model_config: MptConfig, world: World) -
 
 def _fingerprint(config: TrainConfig, resolved: Resolved, data: Data) -> dict[str, Any]:
     """What a run must not change when it resumes. Durations, intervals, loggers and micro-batch are free."""
-    return {
+    fingerprint = {
         "model": resolved.model_config.to_dict(extra=False),
         "data": data.fingerprint(),
         "seed": config.seed,
         "optimizer": asdict(config.optimizer),
         "global_train_batch_size": config.global_train_batch_size,
     }
+    if config.lora is not None:
+        assert config.load_path is not None
+        base = base_sha256(config.load_path, resolved.model_config)
+        fingerprint["lora"] = asdict(config.lora) | {"base_sha256": base}
+    return fingerprint
 
 
 def _open_loggers(config: TrainConfig, resolved: Resolved, state: TrainState, world: World) -> Loggers:
@@ -437,7 +453,8 @@ class Loop:
         self.reported_tokens = state.tokens
         per_device = tokens_per_s / self.world.size
         length = length_at(state.step - 1, self.resolved.stages, self.config.max_seq_len)
-        flops = flops_per_token(self.resolved.model_config, length)
+        lora, model_config = self.config.lora, self.resolved.model_config
+        flops = flops_per_token(model_config, length, None if lora is None else count_adapters(lora, model_config))
         self.loggers.log(
             {
                 "step": state.step,
@@ -543,13 +560,19 @@ def _finish(loop: Loop) -> None:
             f"validation loss {loop.last_eval['eval_loss']:.4f} nats per token; "
             f"unigram entropy of the validation split {loop.unigram_entropy:.4f} nats"
         )
+    if config.lora is not None:
+        _save_adapters(loop, config.lora)
     if config.export:
         tokenizer = resolved.tokenizer_path
         tokenizer_files = [tokenizer, *settings_files(tokenizer)] if tokenizer is not None else []
         model_config = build_model_config(config)
         if model_config.eos_token_id is None:
             model_config.eos_token_id = loop.eos_id
-        export_hf(loop.model, model_config, folder / "export", tokenizer_files=tokenizer_files)
+        tensors = None
+        if config.lora is not None:
+            assert config.load_path is not None
+            tensors = merged(loop.model, config.lora, config.load_path, model_config, write=loop.world.rank == 0)
+        export_hf(loop.model, model_config, folder / "export", tokenizer_files=tokenizer_files, tensors=tensors)
         loop.loggers.message(f"exported for transformers: {folder / 'export'}")
     if isinstance(loop.train_data, ExampleBatches):
         _write_answers(loop)
@@ -561,6 +584,19 @@ def _finish(loop: Loop) -> None:
                 replace_file(folder / "sample.txt", (text + "\n").encode())
             except OSError as e:
                 loop.loggers.message(f"warning: {folder / 'sample.txt'} could not be written ({e.strerror})")
+
+
+def _save_adapters(loop: Loop, config: LoraConfig) -> None:
+    """Write adapter/, in peft's format. Collective."""
+    folder, load_path = loop.resolved.run_folder / "adapter", loop.config.load_path
+    assert load_path is not None
+    error: Exception | None = None
+    try:
+        save_adapters(loop.model, config, load_path, folder, write=loop.world.rank == 0)
+    except (OSError, SafetensorError) as e:
+        error = InputError(f"{folder} could not be written: {e}; make room and run the same command again")
+    loop.world.agree(error)
+    loop.loggers.message(f"adapters in peft's format: {folder}")
 
 
 def _write_answers(loop: Loop) -> None:

@@ -420,14 +420,14 @@ def _wrong_type(hint: Any, value: Any, place: Place, source: Source) -> InputErr
 
 
 def unknown_key(place: Place, siblings: Sequence[str], everywhere: Sequence[str] = ()) -> str:
-    """The message for a key that does not exist: the nearest right one beside it, else one of that name elsewhere."""
+    """The message for a key that does not exist: one of that name elsewhere, else the nearest right one beside it."""
     name = str(place[-1])
-    close = nearest(name, siblings)
-    if close:
-        return f"unknown key {dotted(place)}; did you mean {dotted((*place[:-1], close))}?"
     elsewhere = [key for key in everywhere if key.rpartition(".")[2] == name]
     if elsewhere:
         return f"unknown key {dotted(place)}; did you mean {elsewhere[0]}?"
+    close = nearest(name, siblings)
+    if close:
+        return f"unknown key {dotted(place)}; did you mean {dotted((*place[:-1], close))}?"
     known = f"{dotted(place[:-1])} has" if len(place) > 1 else "known keys are"
     return f"unknown key {dotted(place)}; {known} {', '.join(sorted(siblings))}"
 

@@ -29,7 +29,7 @@ demo-finetune: demo
 	$(BIN)/python scripts/check_run.py runs/mpt-tiny-instruct
 	$(BIN)/python scripts/prepare_data.py data/demo/corpus.jsonl --val data/demo/validation.jsonl --out data/demo-books --tokenizer data/demo --excerpt-tokens 2048
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 train.py yaml/mpt-tiny-storywriter.yaml
-	$(BIN)/python scripts/check_run.py runs/mpt-tiny-storywriter --margin 0.01
+	$(BIN)/python scripts/check_run.py runs/mpt-tiny-storywriter --margin 0.05
 	$(BIN)/python scripts/plot_extrapolation.py runs/mpt-tiny/export runs/mpt-tiny-storywriter/export --data data/demo-books --length 2000 --out runs/mpt-tiny-storywriter/by-position
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 train.py yaml/mpt-tiny-chat.yaml
 	$(BIN)/python scripts/check_run.py runs/mpt-tiny-chat

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mpt import MptConfig, MptForCausalLM
 from mpt.initialize import init_weights
+from scripts.bench_train import peak_gib
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,6 @@ def peak_memory(who: str, case: Case) -> dict[str, float]:
     imports = peak_gib()
     generate(build_ours(case) if who == "ours" else build_theirs(case, {}), case)
     return {"peak": peak_gib(), "imports": imports}
-
-
-def peak_gib() -> float:
-    """Of this process's resident memory. (getrusage's ru_maxrss would begin with that of the parent process.)"""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
 
 
 # ---- the report

@@ -18,20 +18,9 @@ if TYPE_CHECKING:
 
     from mpt import MptForCausalLM
     from mpt.generate import TextDecoder
+    from trainer.data.templates import Marker
 
 # Our packages take seconds to import: inside the functions, so that Ctrl-C is answered in a line from the start.
-
-INSTRUCT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
-    "\n"
-    "### Instruction:\n"
-    "{instruction}\n"
-    "\n"
-    "### Response:\n"
-)
-MESSAGE = "<|im_start|>{role}\n{content}<|im_end|>\n"
-ANSWER = "<|im_start|>assistant\n"
-END = "<|im_end|>"
 
 
 class Unusable(Exception):
@@ -120,7 +109,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         if not text.strip() if args.instruct else not text:
             where = "standard input" if given[i] == "-" else f"--prompt number {i + 1}"
             raise Unusable(f"the prompt is empty ({where}); give a text to go on from")
-    return [INSTRUCT.format(instruction=text.strip("\n")) for text in prompts] if args.instruct else prompts
+    if not args.instruct:
+        return prompts
+    from trainer.data.templates import INSTRUCT
+
+    return [INSTRUCT.format(instruction=text.strip("\n")) for text in prompts]
 
 
 def load(args: argparse.Namespace) -> tuple["MptForCausalLM", "Tokenizer"]:
@@ -243,21 +236,25 @@ class Chat:
 
     def __init__(self, model: "MptForCausalLM", tokenizer: "Tokenizer", args: argparse.Namespace) -> None:
         from mpt import MptCache
+        from trainer.data.templates import IM_END, message
 
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.cache, self.ids = MptCache(), []  # type: tuple[MptCache, list[int]]
-        end = tokenizer.token_to_id(END)
+        self._end = IM_END.text
+        end = tokenizer.token_to_id(self._end)
         configured = model.config.eos_token_id if args.eos_token_id is None else args.eos_token_id
         ends = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
         self.ends = ends if end is None else [*ends, end]
-        self.stops = [*args.stop, *([END] if end is None else [])]
+        self.stops = [*args.stop, *([self._end] if end is None else [])]
         if args.system is not None:
-            self._add(MESSAGE.format(role="system", content=args.system))
+            self._add(*message("system", args.system))
 
     def talk(self) -> None:
         """Answers messages, one per line, until the input ends or a line is empty. Ctrl-C ends an answer."""
-        while message := self._listen():
-            self._add(MESSAGE.format(role="user", content=message) + ANSWER)
+        from trainer.data.templates import header, message
+
+        while said := self._listen():
+            self._add(*message("user", said), *header("assistant"))
             printer = Printer(self.tokenizer, self.stops)
             try:
                 self._answer(printer)
@@ -288,9 +285,12 @@ class Chat:
     def _close(self, answer: list[int]) -> None:
         """Ends the assistant's message as ChatML does, however it ended."""
         said = self.tokenizer.decode(answer, skip_special_tokens=False)
-        self._add("\n" if said.endswith(END) else f"{END}\n")
+        self._add("\n" if said.endswith(self._end) else f"{self._end}\n")
 
-    def _add(self, text: str) -> None:
+    def _add(self, *parts: "str | Marker") -> None:
+        from trainer.data.templates import Segment
+
+        text = Segment(parts, trained=False).text
         self.ids += self.tokenizer.encode(text, add_special_tokens=False).ids
 
 

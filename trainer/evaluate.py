@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from mpt import MptConfig, MptForCausalLM
 from mpt.checkpoint import Source, fill, match
-from trainer.data import DatasetConfig, LoaderConfig, TokenBatches, file_sha256, open_loader
+from trainer.data import DatasetConfig, ExampleBatches, LoaderConfig, TokenBatches, file_sha256, open_loader
 from trainer.data.tokenizer import TOKENIZER, find_tokenizer, open_tokenizer, settings_files
 from trainer.errors import InputError
 from trainer.parallel import FsdpConfig, World, materialize, shard_model
@@ -50,6 +51,21 @@ class Evaluation:
         return self.tokens / max(self.seconds, 1e-9)
 
 
+def forward_arguments(
+    data: TokenBatches | ExampleBatches, array: npt.NDArray[Any], config: MptConfig, valid: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Keyword arguments of the model's forward for rows that `data` gave, on the CPU. valid: how many of them count;
+    None: all.
+    """
+    attn = config.attn_config
+    given = data.arguments(array, sequence_id=attn.attn_uses_sequence_id, prefix_mask=attn.prefix_lm)
+    batch = {name: torch.from_numpy(value) for name, value in given.items()}
+    if valid is not None:
+        batch["labels"] = batch["labels"].clone()  # they may be the inputs themselves
+        batch["labels"][valid:] = -100
+    return batch
+
+
 def mean_loss(
     model: MptForCausalLM, data: TokenBatches, world: World, *, batch_size: int, sequences: int | None = None,
     token_bytes: npt.NDArray[np.int64] | None = None,
@@ -61,14 +77,10 @@ def mean_loss(
     batch_size: sequences of a forward on each rank. token_bytes: as the function of that name gives them.
     advance: told each batch's sequences and tokens, over all ranks.
     """
-    attn = model.config.attn_config
     total, counted, text_bytes, started = 0.0, 0, 0, time.perf_counter()
     with torch.no_grad():
         for ids, valid in data.eval_batches(world.rank, world.size, batch_size, sequences):
-            given = data.arguments(ids, sequence_id=attn.attn_uses_sequence_id, prefix_mask=attn.prefix_lm)
-            batch = {name: torch.from_numpy(value) for name, value in given.items()}
-            batch["labels"] = batch["labels"].clone()
-            batch["labels"][valid:] = -100
+            batch = forward_arguments(data, ids, model.config, valid)
             tokens = int((batch["labels"][:, 1:] != -100).sum())
             counted += tokens
             if token_bytes is not None:

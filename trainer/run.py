@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -29,6 +28,7 @@ from trainer.data import ExampleBatches, Prefetcher, TokenBatches, unigram_entro
 from trainer.data.examples import Encoder
 from trainer.data.tokenizer import open_tokenizer, settings_files
 from trainer.errors import InputError
+from trainer.evaluate import forward_arguments
 from trainer.history import replace_file
 from trainer.loggers import Loggers
 from trainer.lora import LoraConfig, adapters, add_adapters, base_sha256, count_adapters, merged, save_adapters
@@ -319,7 +319,9 @@ class Loop:
                     length = length_at(state.step, resolved.stages, self.config.max_seq_len)
                     if resolved.stages:
                         arrays = [array.reshape(-1, length) for array in arrays]
-                    micro_batches = [self._batch(self.train_data, array) for array in arrays]
+                    micro_batches = [
+                        forward_arguments(self.train_data, array, resolved.model_config) for array in arrays
+                    ]
                     read = sum(self.train_data.tokens(array) for array in arrays) if self.world.counts else 0
                     counted = sum(self._counted(batch) for batch in micro_batches)
                 counted_everywhere, read_everywhere, stop, save_failed = self.world.sum(
@@ -380,12 +382,6 @@ class Loop:
             context=context,
         )
         return out.loss
-
-    def _batch(self, data: Data, array: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the model's forward for an array that `data` gave, on the CPU."""
-        attn = self.resolved.model_config.attn_config
-        arguments = data.arguments(array, sequence_id=attn.attn_uses_sequence_id, prefix_mask=attn.prefix_lm)
-        return {name: torch.from_numpy(value) for name, value in arguments.items()}
 
     def _forward_backward(self, micro_batches: list[dict[str, torch.Tensor]], counted: float) -> torch.Tensor:
         """Gradients of the global batch's mean loss; returns this rank's share of that loss, a scalar."""
@@ -490,9 +486,7 @@ class Loop:
         with torch.no_grad(), accuracy if of_examples else contextlib.nullcontext():
             part, parts = self.world.data_rank, self.world.data_size
             for array, valid in self.eval_data.eval_batches(part, parts, batch_size, sequences):
-                batch = self._batch(self.eval_data, array)
-                batch["labels"] = batch["labels"].clone()
-                batch["labels"][valid:] = -100
+                batch = forward_arguments(self.eval_data, array, self.resolved.model_config, valid)
                 counted += self._counted(batch)
                 context = self._context(batch)
                 accuracy.expect(batch["labels"], context)

@@ -116,7 +116,7 @@ class Template:
     def _prompt(self, request: str, form: str) -> list[Segment]:
         kind = self._kind(form)
         if kind == "chatml":
-            return [Segment((*self._opening([]), *_message("user", request), *_header("assistant")), False)]
+            return [Segment((*self._opening([]), *message("user", request), *header("assistant")), False)]
         return [Segment((INSTRUCT.format(instruction=request) if kind == "instruct" else request,), False)]
 
     def _ending(self, form: str) -> tuple[Marker, ...]:
@@ -140,15 +140,15 @@ class Template:
         pending: list[str | Marker] = [*self._opening(turns)]
         for number, (role, content) in enumerate(turns):
             if role != "assistant":
-                pending += _message(role, content)
+                pending += message(role, content)
                 continue
-            out += [Segment((*pending, *_header(role)), False), Segment((content, IM_END), True)]
+            out += [Segment((*pending, *header(role)), False), Segment((content, IM_END), True)]
             pending = ["\n"] if number < len(turns) - 1 else []
         return out
 
     def _opening(self, turns: Sequence[tuple[str, str]]) -> tuple[str | Marker, ...]:
         given = bool(turns) and turns[0][0] == "system"
-        return () if given or self._system is None else _message("system", self._system)
+        return () if given or self._system is None else message("system", self._system)
 
     def _turns(self, messages: Any) -> list[tuple[str, str]]:
         """(role, content) of each message: perhaps a system's, then user and assistant in turn, an assistant's last."""
@@ -246,11 +246,13 @@ def _placeholders(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _header(role: str) -> tuple[str | Marker, ...]:
+def header(role: str) -> tuple[str | Marker, ...]:
+    """What begins a ChatML message."""
     return (IM_START, f"{role}\n")
 
 
-def _message(role: str, content: str) -> tuple[str | Marker, ...]:
+def message(role: str, content: str) -> tuple[str | Marker, ...]:
+    """A whole ChatML message."""
     return (IM_START, f"{role}\n{content}", IM_END, "\n")
 
 

@@ -67,7 +67,7 @@ def test_the_demos_learn(tmp_path, monkeypatch):
     assert run(load_config(ROOT / "yaml/mpt-tiny.yaml", ["max_duration=60ba", *quiet])) == 0
     margins = {"mpt-tiny-instruct": "1", "mpt-tiny-chat": "1"}
     if importlib.util.find_spec("peft"):
-        margins["mpt-tiny-lora"] = "0.1"  # adapters on a base of 60 steps have less to work with
+        margins["mpt-tiny-lora"] = "0.5"  # adapters on a base of 60 steps have less to work with
     for name, margin in margins.items():
         assert run(load_config(ROOT / f"yaml/{name}.yaml", ["max_duration=60ba", *quiet])) == 0
         assert check_run.main([f"runs/{name}", "--margin", margin]) == 0

@@ -494,7 +494,7 @@ def _decode_attention_torch(
     if slopes is not None and norms is not None and batch * g * d * keys**2 >= _LEAST:
         first = _first_needed(qs, k, lengths, slopes, norms, 53 if up == torch.float64 else _BITS)
         begin = first.view(batch * g, r).amin(1).tolist()
-    end = lengths.repeat_interleave(g).tolist()
+    end = [n for n in lengths.tolist() for _ in range(g)]
     m = None if slopes is None else slopes.to(up).view(1, g, r, 1, 1).expand(batch, -1, -1, -1, -1).flatten(0, 1)
     away = torch.arange(1 - keys, 1, device=q.device, dtype=up)  # -(length - 1 - j), for the last keys of any length
     later = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1) if s > 1 else None
@@ -597,10 +597,13 @@ def _append_norms(norms: Tensor, new: Tensor, start: int) -> None:
     """new (B, G, S): norms of the keys at start, start + 1, ..."""
     end = start + new.shape[2]
     first, last = start // GRAIN, -(-end // GRAIN)
-    new = F.pad(new, (start % GRAIN, -end % GRAIN)).unflatten(2, (-1, GRAIN)).amax(-1)
+    if last - first == 1:
+        high = new.amax(-1, keepdim=True)
+    else:
+        high = F.pad(new, (start % GRAIN, -end % GRAIN)).unflatten(2, (-1, GRAIN)).amax(-1).cummax(-1).values
     if start > 0:  # the maximum so far, which is that of the block that holds the key before
-        new[..., 0] = torch.maximum(new[..., 0], norms[..., (start - 1) // GRAIN])
-    norms[..., first:last] = new if last - first == 1 else new.cummax(-1).values
+        high = torch.maximum(high, norms[..., (start - 1) // GRAIN, None])
+    norms[..., first:last] = high
 
 
 # ---- the boundary ----------------------------------------------------------------------------------------------------
@@ -655,7 +658,8 @@ def _update(key_norms: Tensor, k_new: Tensor, start: Tensor, triton: bool) -> No
     if k_new.numel() == 0:
         return
     if not triton or start.device.type == "cpu":
-        low, high, room = int(start.min()), int(start.max()) + k_new.shape[2], key_norms.shape[2] * GRAIN
+        starts, room = start.tolist(), key_norms.shape[2] * GRAIN
+        low, high = min(starts), max(starts) + k_new.shape[2]
         if low < 0 or high > room:
             raise ValueError(
                 f"update_key_norms: keys go to positions {low} to {high - 1}, and key_norms covers 0 to {room - 1}"

@@ -16,8 +16,8 @@ from torch import Tensor
 _LEAST = 2**21  # multiplications below which the call's overhead decides
 _TERMS = (1024, 8192)  # between these oneDNN sums terms one by one: summed in parts, the rounding error stays MKL's
 _PART = 768
-_FEW = 4  # rows, up to which the time is that of reading b
-_SOME = 16  # rows, up to which copying parts of b costs more than it brings
+_FEW = 4  # rows, up to which the time is that of reading b; 1 where there are many terms
+_SOME = 16  # rows, up to which copying parts of b costs more than it brings: the error is that of MKL for one row
 _BLOCKS = 16
 _LEAST_READ = 2**18  # elements of b
 
@@ -25,18 +25,17 @@ _LEAST_READ = 2**18  # elements of b
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b^T, contiguous: a (M, K), b (N, K) -> (M, N), one floating dtype, any strides. Not differentiable."""
     (m, k), n = a.shape, b.shape[0]
-    if m <= _FEW and k <= _TERMS[0] and n * k >= _LEAST_READ and _fp32_on_cpu(a) and b.is_contiguous():
+    few = _FEW if k <= _TERMS[0] else 1
+    if m <= few and k < _TERMS[1] and n * k >= _LEAST_READ and _fp32_on_cpu(a) and b.is_contiguous():
         blocks = math.gcd(n, _BLOCKS)
         out = torch.bmm(b.view(blocks, -1, k), a.mT.expand(blocks, -1, -1))
         return out.view(n, m).mT.contiguous()
     if a.dtype != torch.float32 or m * n * k < _LEAST or not _onednn(a):
         return torch.mm(a, b.mT)
     linear = torch.ops.mkldnn._linear_pointwise
-    if m <= _SOME and k > _TERMS[0]:
-        return torch.mm(a, b.mT)
     if (rows := _rounded(m)) != m:
         a = F.pad(a, (0, 0, 0, rows - m))
-    if not _TERMS[0] < k < _TERMS[1]:
+    if m <= _SOME or not _TERMS[0] < k < _TERMS[1]:
         return linear(_dense(a), _dense(b), None, "none", [], "").narrow(0, 0, m)
     step = -(-k // -(-k // _PART))
     out = linear(_dense(a[:, :step]), _dense(b[:, :step]), None, "none", [], "")

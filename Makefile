@@ -30,7 +30,7 @@ demo-finetune: demo
 	$(BIN)/python scripts/prepare_data.py data/demo/corpus.jsonl --val data/demo/validation.jsonl --out data/demo-books --tokenizer data/demo --excerpt-tokens 2048
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 train.py yaml/mpt-tiny-storywriter.yaml
 	$(BIN)/python scripts/check_run.py runs/mpt-tiny-storywriter --margin 0.05
-	$(BIN)/python scripts/plot_extrapolation.py runs/mpt-tiny/export runs/mpt-tiny-storywriter/export --data data/demo-books --length 2000 --out runs/mpt-tiny-storywriter/by-position
+	$(BIN)/python scripts/plot_extrapolation.py runs/mpt-tiny/export runs/mpt-tiny-storywriter/export --data data/demo-books --length 2048 --out runs/mpt-tiny-storywriter/by-position
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 train.py yaml/mpt-tiny-chat.yaml
 	$(BIN)/python scripts/check_run.py runs/mpt-tiny-chat
 	$(BIN)/python scripts/generate.py runs/mpt-tiny-instruct/export --instruct --max-new-tokens 40 --prompt 'What does the function close do?'

@@ -1,38 +1,52 @@
-"""Train a recipe for a few steps in a process of its own; compare the memory it takes with what --check predicts."""
+"""Train a recipe for a few steps in processes of its own; compare the memory it takes with what --check predicts."""
 
 import argparse
 import json
 import multiprocessing
 import os
 import resource
+import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 
-def measure(recipe: str, overrides: list[str], steps: int = 2) -> dict[str, Any]:
-    """A run of so many steps in a new process, without saving, evaluating or exporting.
+def measure(recipe: str, overrides: list[str], steps: int = 2, processes: int = 1) -> dict[str, Any]:
+    """A run of so many steps in new processes, without saving, evaluating or exporting.
 
-    predicted_bytes: the plan's memory, and by kind. measured_bytes: the most that the process held, less what it held
-    when everything was imported. cpu_s, wall_s: of the last step, data included.
+    predicted_bytes: the plan's memory of one process, and by kind. measured_bytes: the most that a process held, less
+    what it held when everything was imported, of the largest. cpu_s, wall_s: of its last step, data included.
     """
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(recipe, overrides, steps, sender))
-    process.start()
-    sender.close()
-    try:
-        outcome: dict[str, Any] = receiver.recv()
-    except EOFError:
-        outcome = {"error": "the process was killed: there is less memory than the run takes"}
-    process.join()
-    if "error" in outcome:
-        raise RuntimeError(outcome["error"])
-    return outcome
+    started: list[tuple[Any, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        free.close()
+        for rank in map(str, range(processes)):
+            receiver, sender = context.Pipe(duplex=False)
+            own = environment | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
+            args = recipe, [*overrides, f"save_folder={folder}/run"], steps, own if processes > 1 else {}, sender
+            started.append((context.Process(target=_child, args=args), receiver))
+            started[-1][0].start()
+            sender.close()
+        outcomes: list[dict[str, Any]] = []
+        for _, receiver in started:
+            try:
+                outcomes.append(receiver.recv())
+            except EOFError:
+                outcomes.append({"error": "a process was killed: there is less memory than the run takes"})
+        for process, _ in started:
+            process.join()
+    for outcome in outcomes:
+        if "error" in outcome:
+            raise RuntimeError(outcome["error"])
+    return max(outcomes, key=lambda outcome: outcome["measured_bytes"])
 
 
-def _child(recipe: str, overrides: list[str], steps: int, sender: Any) -> None:
+def _child(recipe: str, overrides: list[str], steps: int, environment: dict[str, str], sender: Any) -> None:
+    os.environ.update(environment)
     try:
         sender.send(_measured(recipe, overrides, steps))
     except Exception as e:
@@ -45,6 +59,7 @@ def _measured(recipe: str, overrides: list[str], steps: int) -> dict[str, Any]:
     from importlib import import_module
 
     from trainer.config import load_config, validate
+    from trainer.parallel import world_size
     from trainer.plan import plan
 
     run: Any = import_module("trainer.run")  # the package has a function of that name
@@ -57,18 +72,17 @@ def _measured(recipe: str, overrides: list[str], steps: int) -> dict[str, Any]:
             return row
 
     run.Loop, run._finish = Timed, lambda loop: None
-    with tempfile.TemporaryDirectory() as folder:
-        config = load_config(recipe, [
-            *overrides, f"max_duration={steps}ba", f"save_folder={folder}/run", "eval_loader=null", "eval_first=false",
-            "save_interval=0", "scheduler.t_warmup=0ba", "loggers.progress=false",
-        ])  # fmt: skip
-        predicted = plan(config, validate(config, 1), 1)
-        run.Checkpointer = _NoCheckpoints
-        before = _resident()
-        started = time.process_time(), time.perf_counter()
-        run.run(config)
-        times.insert(0, started)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    config = load_config(recipe, [
+        *overrides, f"max_duration={steps}ba", "eval_loader=null", "eval_first=false", "save_interval=0",
+        "scheduler.t_warmup=0ba", "loggers.progress=false",
+    ])  # fmt: skip
+    predicted = plan(config, validate(config, world_size()), world_size())
+    run.Checkpointer = _NoCheckpoints
+    before = _resident()
+    started = time.process_time(), time.perf_counter()
+    run.run(config)
+    times.insert(0, started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (cpu0, wall0), (cpu1, wall1) = times[-2:]
     return {
         "recipe": recipe, "overrides": overrides, "tokens": predicted.micro_batch * config.max_seq_len,
@@ -104,9 +118,10 @@ def _resident() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", help="its data has to be there; the run is one process on a CPU")
+    parser.add_argument("recipe", help="its data has to be there; it runs on a CPU")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="values of max_seq_len, one run each")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that share the run (default 1)")
     parser.add_argument("--steps", type=int, default=2, help="of each run (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     args = parser.parse_intermixed_args(argv)
@@ -114,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     for length in args.lengths or [None]:
         overrides = [*args.overrides, "device=cpu", *([f"max_seq_len={length}"] if length else [])]
         try:
-            rows.append(row := measure(args.recipe, overrides, args.steps))
+            rows.append(row := measure(args.recipe, overrides, args.steps, args.processes))
         except RuntimeError as e:
             print(f"error: {e}", file=sys.stderr)
             return 2

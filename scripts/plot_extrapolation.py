@@ -35,19 +35,23 @@ def losses_by_position(model: MptForCausalLM, sequences: list[torch.Tensor]) -> 
 
 
 def read_sequences(folder: Path, split: str, length: int, most: int) -> list[torch.Tensor]:
-    """Up to `most` sequences of `length` + 1 tokens, in order, from a folder of token shards."""
+    """Up to `most` sequences of `length` tokens, in order, from a folder of token shards: the beginnings of excerpts,
+    where it holds excerpts, without those that are filled up.
+    """
     shards = ShardSet(folder, split)
+    excerpt, eos_id = shards.manifest.excerpt_tokens, shards.manifest.eos_id
     found: list[torch.Tensor] = []
     for index in range(len(shards.shards)):
         ids = shards.array(index)
-        for start in range(0, len(ids) - length, length + 1):
-            if len(found) == most:
-                return found
-            found.append(torch.from_numpy(ids[start : start + length + 1].astype(np.int64)))
+        pieces = ids[: len(ids) // (excerpt or length) * (excerpt or length)].reshape(-1, excerpt or length)
+        for piece in pieces[:, :length]:
+            if len(found) < most and len(piece) == length and not (excerpt and (piece[-2:] == eos_id).all()):
+                found.append(torch.from_numpy(piece.astype(np.int64)))
     if not found:
-        longest = max(shard.tokens for shard in shards.shards)
+        longest = excerpt or max(shard.tokens for shard in shards.shards)
         raise InputError(
-            f"{folder}: no shard of split {split!r} has {length + 1} tokens, the longest has {longest}; lower --length"
+            f"{folder}: no {'excerpt' if excerpt else 'shard'} of split {split!r} has {length} tokens, the longest has "
+            f"{longest}; lower --length"
         )
     return found
 
@@ -97,13 +101,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="token shards with long documents")
     parser.add_argument("--split", default="val", help="of the shards (default: val)")
-    parser.add_argument("--length", type=int, default=4096, metavar="N", help="tokens to read (default: 4096)")
+    parser.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of each (default: 4096)")
     parser.add_argument("--sequences", type=int, default=16, metavar="N", help="at most so many (default: 16)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.json and FILE.png are written")
     args = parser.parse_args(argv)
-    for name in ("length", "sequences"):
-        if getattr(args, name) < 2 - (name == "sequences"):
-            parser.error(f"--{name} {getattr(args, name)}: give at least {2 - (name == 'sequences')}")
+    for name, least in (("length", 2), ("sequences", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: give at least {least}")
     return args
 
 

@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> "PrepareOptions":
         help="cut documents, such as books, into excerpts of N tokens that none leaves: your max_seq_len",
     )  # fmt: skip
     parser.add_argument(
-        "--rest", choices=get_args(Rest), default="overlap",
+        "--rest", choices=get_args(Rest),
         help="with --excerpt-tokens, a document's last tokens: an excerpt that begins inside the one before it (the "
         "default), one that is filled up, or left out",
     )  # fmt: skip

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts import check_run, demo_corpus, demo_instructions
+from mpt import MptForCausalLM
+from scripts import check_run, demo_corpus, demo_instructions, plot_extrapolation
 from trainer import load_config, run
+from trainer.data.prepare import PrepareOptions, prepare
 
 ROOT = Path(__file__).parent.parent
 SOURCE = '''
@@ -72,3 +74,18 @@ def test_the_demos_learn(tmp_path, monkeypatch):
         assert run(load_config(ROOT / f"yaml/{name}.yaml", ["max_duration=60ba", *quiet])) == 0
         assert check_run.main([f"runs/{name}", "--margin", margin]) == 0
         assert "## Prompt 3" in Path(f"runs/{name}/samples.md").read_text()
+
+    corpus = PrepareOptions(
+        inputs=("data/demo/corpus.jsonl",), val_inputs=("data/demo/validation.jsonl",), out="data/demo-books",
+        tokenizer="data/demo", val_fraction=0.0, excerpt_tokens=2048,
+    )  # fmt: skip
+    prepare(corpus, quiet=True)
+    short = ["max_duration=20ba", "length_curriculum=[{max_seq_len: 512, until: 8ba}]", "eval_subset_num_batches=16"]
+    assert run(load_config(ROOT / "yaml/mpt-tiny-storywriter.yaml", [*quiet, *short])) == 0
+    assert check_run.main(["runs/mpt-tiny-storywriter", "--margin", "0.05"]) == 0
+    sequences = plot_extrapolation.read_sequences(Path("data/demo-books"), "val", 2048, 8)
+    base, writer = (
+        plot_extrapolation.losses_by_position(MptForCausalLM.from_pretrained(f"runs/{name}/export"), sequences)
+        for name in ("mpt-tiny", "mpt-tiny-storywriter")
+    )
+    assert writer[1024:].mean() < base[1024:].mean() - 0.05

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from data_files import write_shards
+from data_files import edit_manifest, write_shards
 
 from mpt import MptConfig, MptForCausalLM
 from scripts import plot_extrapolation
+from trainer import InputError
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def data(tmp_path):
 
 def test_losses_are_each_tokens_own(model, data, tmp_path, capsys):
     out = tmp_path / "out"
-    command = [str(model), "--data", str(data), "--length", "300", "--sequences", "2", "--out", str(out)]
+    command = [str(model), "--data", str(data), "--length", "301", "--sequences", "2", "--out", str(out)]
     assert plot_extrapolation.main(command) == 0
     assert "within its 100 tokens" in capsys.readouterr().out
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -51,7 +52,7 @@ def test_losses_are_each_tokens_own(model, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--length", "1000"], "no shard of split 'val' has 1001 tokens, the longest has 1000; lower --length"),
+        (["--length", "1001"], "no shard of split 'val' has 1001 tokens, the longest has 1000; lower --length"),
         (["--split", "train"], "no split 'train'"),
         (["--data", "nowhere"], "there is no such folder"),
     ],
@@ -67,3 +68,18 @@ def test_ids_that_the_model_does_not_know(model, tmp_path, capsys):
     command = [str(model), "--data", str(data), "--length", "50", "--out", str(tmp_path / "x")]
     assert plot_extrapolation.main(command) == 2
     assert "vocab_size 64 is too small for the ids" in capsys.readouterr().err
+
+
+def test_excerpts_are_read_from_their_beginnings(tmp_path):
+    """Those that padding fills up are left out."""
+    rows = [[5, 6, 7, 8, 9], [5, 6, 0, 0, 0], [5, 6, 7, 8, 0], [5, 0, 0, 0, 0], [9, 8, 7, 6, 5]]
+    folder = write_shards(tmp_path, {"val": [[i for row in rows for i in row]]}, vocab_size=64)
+    edit_manifest(folder, lambda manifest: manifest.update(excerpt_tokens=5))
+
+    def read(length, most=9):
+        return [ids.tolist() for ids in plot_extrapolation.read_sequences(folder, "val", length, most)]
+
+    assert read(4) == [[5, 6, 7, 8], [5, 6, 7, 8], [9, 8, 7, 6]]
+    assert read(5, most=2) == [[5, 6, 7, 8, 9], [5, 6, 7, 8, 0]]
+    with pytest.raises(InputError, match="no excerpt of split 'val' has 6 tokens, the longest has 5"):
+        read(6)

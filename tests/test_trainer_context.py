@@ -78,15 +78,19 @@ def assert_same_curve(found: list[dict[str, float]], expected: list[dict[str, fl
 def test_two_ranks_that_share_sequences_follow_the_curve_of_one(
     recipe: Path, alone: list[dict[str, float]], tmp_path: Path
 ) -> None:
-    """Stopped twice: in between they go on without sharing."""
+    """Stopped twice: in between they go on without sharing. And with a length curriculum, whose pieces they share."""
     folder, two = tmp_path / "run", ["context_parallel_size=2", "activation_checkpointing=selective"]
+    short = ["length_curriculum=[{max_seq_len: 5, until: 2ba}, {max_seq_len: 25, until: 4ba}]"]
+    assert run(load_config(recipe, [f"save_folder={tmp_path / 'short-alone'}", *short])) == 0
     term = {"recipe": str(recipe), "signal": int(signal.SIGTERM)}
     runs = [
         {**term, "overrides": [f"save_folder={folder}", *two], "after": 3},
         {**term, "overrides": [f"save_folder={folder}"], "after": 4},
         {"recipe": str(recipe), "overrides": [f"save_folder={folder}", *two]},
+        {"recipe": str(recipe), "overrides": [f"save_folder={tmp_path / 'short'}", *two, *short]},
     ]
-    assert launch(2, runs, tmp_path / "workers") == [[143, 143, 0]] * 2
+    assert launch(2, runs, tmp_path / "workers") == [[143, 143, 0, 0]] * 2
+    assert_same_curve(history(tmp_path / "short"), history(tmp_path / "short-alone"))
     assert_same_curve(history(folder), alone)
     log = (tmp_path / "workers" / "log-0.txt").read_text()
     assert "resuming after step 3 of 6" in log and "resuming after step 4 of 6" in log

@@ -67,6 +67,7 @@ def test_books_are_cut_where_they_should_be(options, tokenizer, monkeypatch, res
     excerpts, left_out = expected(tokenizer, rest, max(least, 1) if rest != "drop" else N)
     assert read_tokens(options.out, "train").reshape(-1, N).tolist() == excerpts
     assert manifest["source"]["left_out"] == left_out
+    assert (manifest["source"]["rest"], manifest["source"]["min_tokens"]) == (rest, least)
     shards = manifest["splits"]["train"]
     assert manifest["excerpt_tokens"] == N and len(shards) > 1
     assert [shard["tokens"] for shard in shards] == [N * shard["documents"] for shard in shards]
@@ -101,12 +102,20 @@ def test_other_excerpts_are_another_preparation(options, tokenizer, capsys):
         ({"min_tokens": 0}, "--min-tokens 0: give 1 to 32"),
         ({"min_tokens": 33}, "--min-tokens 33: give 1 to 32"),
         ({"min_tokens": 3, "excerpt_tokens": None}, "--min-tokens 3 is for excerpts"),
+        ({"rest": "pad", "excerpt_tokens": None}, "--rest pad is for excerpts"),
+        ({"excerpt_tokens": 10_000, "rest": "pad"}, "10 too short .* 10000; lower it, or --min-tokens 2500$"),
         ({"excerpt_tokens": 10_000}, "no document for training in it; 10 too short for --excerpt-tokens 10000"),
     ],
 )
 def test_bad_input(options, change, message):
     with pytest.raises(InputError, match=message):
         prepare.prepare(replace(options, **change), quiet=True)
+
+
+def test_blank_documents_are_not_too_short(options, tmp_path):
+    (tmp_path / "books.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(InputError, match="no document for training in it; check --text-field and the files"):
+        prepare.prepare(options, quiet=True)
 
 
 def test_tokens_cannot_be_cut(options, tmp_path):

@@ -56,7 +56,7 @@ class PrepareOptions:
     document_unit: str = "file"
     mds_dtype: str = "int64"
     excerpt_tokens: int | None = None
-    rest: Rest = "overlap"
+    rest: Rest | None = None
     min_tokens: int | None = None
     overwrite: bool = False
 
@@ -138,8 +138,10 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> dict[str, Any]:
         _finish(out, manifest, encoding)
     Progress.say(quiet, f"{out}: {_summary(manifest)}; {progress.rate()}")
     if not manifest["splits"]["val"] and (options.val_fraction or options.val_inputs):
-        Progress.say(quiet, f"warning: no document fell into validation; raise --val-fraction {options.val_fraction}, "
-                     "cut text files into more documents with --documents, or give --val INPUT")  # fmt: skip
+        short = "" if encoding.excerpts is None else " that is long enough"
+        Progress.say(quiet, f"warning: no document{short} fell into validation; raise --val-fraction "
+                     f"{options.val_fraction}, cut text files into more documents with --documents, or give --val "
+                     "INPUT")  # fmt: skip
     return manifest
 
 
@@ -156,8 +158,9 @@ def _check(options: PrepareOptions) -> None:
         if Path(name).is_dir() and Path(options.out).resolve().is_relative_to(Path(name).resolve()):
             raise InputError(f"--out {options.out}: lies inside the input folder {name}; choose a folder outside it")
     if options.excerpt_tokens is None:
-        if options.min_tokens is not None:
-            raise InputError(f"--min-tokens {options.min_tokens} is for excerpts; give --excerpt-tokens as well")
+        for name, given in (("--rest", options.rest), ("--min-tokens", options.min_tokens)):
+            if given is not None:
+                raise InputError(f"{name} {given} is for excerpts; give --excerpt-tokens as well")
     elif options.excerpt_tokens < 2:
         raise InputError(f"--excerpt-tokens {options.excerpt_tokens}: give the max_seq_len to train with, at least 2")
     elif options.min_tokens is not None and not 1 <= options.min_tokens <= options.excerpt_tokens:
@@ -189,7 +192,7 @@ def _excerpts(options: PrepareOptions) -> Excerpts | None:
     if options.excerpt_tokens is None:
         return None
     least = options.min_tokens if options.min_tokens is not None else max(1, options.excerpt_tokens // 4)
-    return Excerpts(options.excerpt_tokens, options.rest, least)
+    return Excerpts(options.excerpt_tokens, options.rest or "overlap", least)
 
 
 def _plan(options: PrepareOptions, encoding: Encoding, state: str) -> list[_Part]:
@@ -357,11 +360,9 @@ def _join_all(parts: list[_Part], options: PrepareOptions, encoding: Encoding, q
     joins = _joins(parts, options)
     if not any(join.split == "train" for join in joins):
         remedy = "check --text-field and the files"
-        if encoding.excerpts is not None:
-            left_out = _left_out(parts)["documents"]
-            remedy = (
-                f"{left_out} too short for --excerpt-tokens {encoding.excerpts.tokens}; lower it, or give --rest pad"
-            )
+        if (cut := encoding.excerpts) is not None and (left_out := _left_out(parts)["documents"]):
+            other = f"--min-tokens {cut.min_tokens}" if cut.rest == "pad" else "give --rest pad"
+            remedy = f"{left_out} too short for --excerpt-tokens {cut.tokens}; lower it, or {other}"
         raise InputError(f"{', '.join(options.inputs)}: no document for training in it; {remedy}")
     for split in SPLITS:
         (Path(options.out) / split).mkdir(exist_ok=True)
@@ -414,8 +415,9 @@ def _write_json(path: Path, value: object) -> None:
 
 def _source(options: PrepareOptions) -> dict[str, Any]:
     kept = ["inputs", "val_inputs", "tokenizer", "text_field", "val_fraction", "seed", "document_unit", "mds_dtype"]
-    kept += ["excerpt_tokens", "rest", "min_tokens"] if options.excerpt_tokens is not None else []
     values = {name: value for name, value in asdict(options).items() if name in kept}
+    if (cut := _excerpts(options)) is not None:
+        values |= {"excerpt_tokens": cut.tokens, "rest": cut.rest, "min_tokens": cut.min_tokens}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

@@ -215,7 +215,7 @@ def memory(config: "TrainConfig", model_config: MptConfig, world_size: int, micr
     ranks sum after every micro-batch. activations: what every block keeps for the backward; with checkpointing they are
     called block inputs. one block's work: its recomputation and the temporaries of its backward. keys of the group:
     with context_parallel_size, keys and values of whole sequences, kept by every block, or with activation
-    checkpointing by one; their gradients, the sum of these, and what is sent. loss: a chunk of logits, the head's
+    checkpointing by one; in attention's backward their gradients, the sum of these, and what is sent. loss: a chunk of logits, the head's
     gradient summed in fp32, the last hidden states. optimizer step: its temporaries.
     """
     every = _moments(config, model_config, world_size, micro_batch)
@@ -262,7 +262,8 @@ def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, mi
     if config.activation_offload:  # their copies on the way to the host and back
         block_input = tokens * c.d_model * width
         kept += (min(2, c.n_layers) - c.n_layers) * block_input if device_type == "cuda" else 0
-    work = per_block["none"] - per_block[mode] + _backward_temporaries(c, tokens, width, chunk, device_type)
+    again = per_block["none"] - per_block[mode]
+    mlp, attention = _backward_temporaries(c, tokens, width, chunk, device_type)
     shards = _ceil(trained, shard) * FP32
     one_block = width * trained_root + (width + reduce_width) * trained_block
     state = {
@@ -272,7 +273,11 @@ def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, mi
     model = state | {"gathered weights": width * (root + (min(2, c.n_layers) if fsdp.reshard_after_forward
                                                           else c.n_layers) * block)}  # fmt: skip
     keys = 2 * micro_batch * config.max_seq_len * c.kv_heads * c.d_head * width if context > 1 else 0
-    group = {"keys of the group": keys * (3 + (c.n_layers if mode == "none" else 1))}
+    fetched = keys * (c.n_layers if mode == "none" else 1)
+    backward = [
+        {"one block's work": again + mlp, "keys of the group": fetched},
+        {"one block's work": again + attention, "keys of the group": fetched + 3 * keys},
+    ]
     lion_temporaries = lion and device_type == "cpu" and lora is None  # the adapters' are small
     step = _step_temporaries(c, config.optimizer.decay_all, shard, average) if lion_temporaries else 0
     early = {"gradients": shards if accumulates and not whole else 0}
@@ -282,9 +287,9 @@ def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, mi
         model | early | {"unreduced gradients": unreduced if whole else 0, inputs: kept,
                          "keys of the group": keys * c.n_layers if mode == "none" else 0,
                          "loss": _loss(c, tokens, width, device_type, frozen=lora is not None)},
-        model | group | early | {"unreduced gradients": unreduced if whole else one_block, inputs: kept,
-                         "one block's work": work},
-        model | group | late | {"unreduced gradients": one_block, "one block's work": work},
+        *(model | early | {"unreduced gradients": unreduced if whole else one_block, inputs: kept} | part
+          for part in backward),
+        *(model | late | {"unreduced gradients": one_block} | part for part in backward),
         state | {"gradients": shards, "optimizer step": step},
     ]  # fmt: skip
 
@@ -343,9 +348,11 @@ def divisors(number: int) -> list[int]:
     return small + [number // n for n in reversed(small) if n * n != number]
 
 
-def _backward_temporaries(c: MptConfig, tokens: int, width: int, chunk: int | None, device_type: str) -> int:
-    """The most that a block's backward holds beyond what the block has saved: in its MLP, or later in its attention,
-    when what the MLP had saved is gone.
+def _backward_temporaries(
+    c: MptConfig, tokens: int, width: int, chunk: int | None, device_type: str
+) -> tuple[int, int]:
+    """What a block's backward holds beyond what the block has saved: in its MLP, and later in its attention, when what
+    the MLP had saved is gone.
 
     MLP: gradient and activation of the hidden width, the gradients of its output and input. Attention, in Triton: the
     gradients of its output and of q, k, v, before and after they are joined. On plain torch: q, k, v, both outputs'
@@ -361,7 +368,7 @@ def _backward_temporaries(c: MptConfig, tokens: int, width: int, chunk: int | No
     else:
         attention = width * (4 * q + 3 * kv + d) + FP32 * (2 * q + 3 * kv)
     gone = width * (2 * d + (c.d_ffn if chunk is None else 0))
-    return max(mlp, tokens * (attention - gone))
+    return mlp, tokens * (attention - gone)
 
 
 def _loss(c: MptConfig, tokens: int, width: int, device_type: str, *, frozen: bool) -> int:

@@ -79,10 +79,14 @@ def test_a_step_reads_the_same_tokens_in_shorter_pieces(recipe, tmp_path, monkey
 
 @pytest.mark.parametrize("cut", [2, 3])  # where one stage ends, and inside of another
 def test_a_resumed_run_is_the_run_that_never_stopped(recipe, tmp_path, cut):
+    """Whether or not the optimizer's state waits in host memory."""
     assert run(load_config(recipe, [f"save_folder={tmp_path / 'whole'}"])) == 0
     overrides = [f"save_folder={tmp_path / 'cut'}"]
-    runs = [{"signal": signal.SIGTERM, "after": cut}, {}]
-    (codes,) = launch(1, [{"recipe": str(recipe), "overrides": overrides, **kind} for kind in runs], tmp_path / "log")
+    runs = [
+        {"overrides": [*overrides, "optimizer.offload=true"], "signal": signal.SIGTERM, "after": cut},
+        {"overrides": [*overrides, f"optimizer.offload={'true' if cut == 2 else 'false'}"]},
+    ]
+    (codes,) = launch(1, [{"recipe": str(recipe), **kind} for kind in runs], tmp_path / "log")
     assert codes == [143, 0]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
@@ -107,7 +111,7 @@ def test_the_plan_shows_it(recipe):
         ("length_curriculum=[{max_seq_len: 8, until: 3}, {max_seq_len: 16, until: 3}]", "not after step 3, where"),
         ("activation_offload=true", "set activation_checkpointing to full or selective"),
         ("mlp_chunk_size=0", "mlp_chunk_size=0; expected a number of tokens"),
-        ("optimizer.state_dtype=bf16", "use fp32, or decoupled_lionw"),
+        ("optimizer.state_dtype=bf16", "use fp32, perhaps with optimizer.offload=true, or"),
     ],
 )
 def test_refused(recipe, override, message):

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from trainer import optim
 from trainer.errors import InputError
 from trainer.optim import (
     LionW,
@@ -154,6 +155,58 @@ def test_state_dict_continues_bit_for_bit(name, generator):
         assert torch.equal(a, b)
         for key, value in whole.state[a].items():
             assert torch.equal(value, second.state[b][key])
+
+
+@pytest.mark.parametrize("state_dtype", ["adamw", "fp32", "bf16"])
+def test_an_offloaded_state_changes_no_bit(state_dtype, generator, monkeypatch):
+    """It stays where it is, and visits the parameters' device in pieces."""
+    monkeypatch.setattr(optim, "OFFLOAD_PIECE", 200)
+    lion = {"name": "decoupled_lionw", "state_dtype": state_dtype} if state_dtype != "adamw" else {}
+    torch.manual_seed(0)
+    models = [Small(), Small()]
+    models[1].load_state_dict(models[0].state_dict())
+    plain, offloaded = (
+        build_optimizer(OptimizerConfig(lr=1e-2, weight_decay=1e-4, offload=offload, **lion), model)
+        for model, offload in zip(models, (False, True))
+    )
+    groups, steps = offloaded.param_groups, []
+    homes = {(p, slot): x for p, state in offloaded.state.items() for slot, x in state.items() if x.dim()}
+    kind = type(offloaded).__mro__[2]  # the optimizer itself
+    step = kind.step
+    monkeypatch.setattr(kind, "step", lambda self: (steps.append(len(self.param_groups[0]["params"])), step(self))[1])
+    for multiplier in MULTIPLIERS:
+        for ours, theirs in zip(models[0].parameters(), models[1].parameters()):
+            ours.grad = torch.randn(ours.shape, generator=generator)
+            theirs.grad = ours.grad.clone()
+        set_lr(plain, multiplier)
+        set_lr(offloaded, multiplier)
+        steps.clear()
+        offloaded.step()
+        assert sum(steps) == 7 and len(steps) > 2  # there are two groups
+        plain.step()
+    assert offloaded.param_groups is groups
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters()):
+        assert torch.equal(ours, theirs)
+        for slot, x in plain.state[ours].items():
+            assert torch.equal(x, offloaded.state[theirs][slot])
+            assert not x.dim() or homes[theirs, slot] is offloaded.state[theirs][slot]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["decoupled_adamw", "decoupled_lionw"])
+def test_an_offloaded_state_is_on_the_host(name):
+    models = [Small().cuda(), Small().cuda()]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, offload in zip(models, (False, True)):
+        optimizer = build_optimizer(OptimizerConfig(name=name, lr=1e-2, offload=offload), model)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+    for state in optimizer.state.values():
+        assert state["exp_avg"].is_pinned() and not state["exp_avg"].is_cuda
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters()):
+        assert torch.equal(ours, theirs)
 
 
 def test_state_exists_before_the_first_step_and_counts_none():

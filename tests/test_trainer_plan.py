@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from mpt import MptConfig, MptForCausalLM
+from trainer import InputError
 from trainer.config import load_config, validate
 from trainer.plan import GIB, LOSS_CHUNK, choose_micro_batch, divisors, memory, plan, saved_per_block
+
+plan_module = importlib.import_module("trainer.plan")
 
 MODEL = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 512, "max_seq_len": 32}
 
@@ -187,15 +190,31 @@ def test_what_long_sequences_take_less_with():
     resolved = validate(config, 8, open_data=False)
     plain = plan(config, resolved, 8)
     assert plain.total_memory == sum(of(config, 8).values())
-    assert set(plain.less) > {"activation_offload=true", "mlp_chunk_size=8192", "all of these"}
-    for setting in ("activation_offload=true", "mlp_chunk_size=8192"):
+    everything = "all of these but optimizer.offload"
+    assert set(plain.less) > {"activation_offload=true", "mlp_chunk_size=8192", "optimizer.offload=true", everything}
+    for setting in ("activation_offload=true", "mlp_chunk_size=8192", "optimizer.offload=true"):
         other = long(setting)
         assert plan(other, validate(other, 8, open_data=False), 8).total_memory == plain.less[setting]
         assert plain.less[setting] < plain.total_memory and setting in str(plain)
     offloaded = long("activation_offload=true")
     host = plan(offloaded, validate(offloaded, 8, open_data=False), 8).host_memory
     assert host == {"block inputs": 32 * 65536 * 4096 * 2}
-    assert plain.less["all of these"] < min(size for name, size in plain.less.items() if name != "all of these")
+    assert plain.less[everything] < min(size for name, size in plain.less.items() if name != everything)
+
+
+def test_an_offloaded_state_is_the_hosts_but_for_a_piece():
+    lion = ["optimizer.name=decoupled_lionw", "optimizer.eps=null"]
+    for settings, width in ((["optimizer.offload=true"], 8), ([*lion, "optimizer.offload=true"], 4)):
+        config = make("global_train_batch_size=8", *settings)
+        numbers = plan(config, validate(config, 8, open_data=False), 8)
+        assert numbers.host_memory == {"optimizer state": -(-6_649_286_656 // 8) * width}
+        assert "optimizer state" not in numbers.memory and "optimizer.offload=true" not in numbers.less
+    # In the step itself a piece is on the device, here of one parameter, which is larger than the usual.
+    step = plan_module._moments(config, validate(config, 1, open_data=False).model_config, 1, 1)[-1]
+    assert step["optimizer step"] == pytest.approx(50432 * 4096 * 4, rel=1e-6)
+    assert step["optimizer step"] > plan_module.OFFLOAD_PIECE
+    with pytest.raises(InputError, match=r"optimizer.offload=true has no effect with fsdp_config.cpu_offload=true"):
+        make("optimizer.offload=true", "fsdp_config.cpu_offload=true")
 
 
 def test_offloading_the_states_leaves_the_gradients_that_wait():

@@ -157,6 +157,11 @@ class TrainConfig:
                 "activation_offload=true keeps the inputs of blocks that compute the rest again; set "
                 "activation_checkpointing to full or selective as well"
             )
+        if self.fsdp_config.cpu_offload and self.optimizer.offload:
+            raise InputError(
+                "optimizer.offload=true has no effect with fsdp_config.cpu_offload=true, which keeps the optimizer's "
+                "state in host memory as well; set one of them"
+            )
         check_curriculum(self.length_curriculum, self.max_seq_len)
         if self.length_curriculum and self.train_loader.name != "text":
             raise InputError(

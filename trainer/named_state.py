@@ -86,7 +86,7 @@ def read(
     """
     tensors = named_state(model, None)
     compare_shapes(folder, {n.removeprefix("model."): tuple(t.shape) for n, t in tensors.items()}, model_shapes(index))
-    slots = list(_empty_slots(index, model, optimizer)) if optimizer is not None else []
+    slots = list(_slots(index, model, optimizer)) if optimizer is not None else []
     tensors |= {name: tensor for _, _, name, tensor in slots}
     _accept_one_process()
     try:
@@ -163,10 +163,12 @@ class _Reader(dcp.FileSystemReader):
         return self._index
 
 
-def _empty_slots(
+def _slots(
     index: Metadata, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[nn.Parameter, str, str, Tensor]]:
-    """(parameter, slot, name, uninitialised tensor) of all optimizer state in a checkpoint."""
+    """(parameter, slot, name, tensor to read it into) of all optimizer state in a checkpoint: the optimizer's own where
+    it has one, so that no state is held twice.
+    """
     by_name = {name: parameter for parameter, name in parameter_names(model).items()}
     on_device = {p: g.get("fused") or g.get("capturable") for g in optimizer.param_groups for p in g["params"]}
     for full_name, entry in _entries(index).items():
@@ -176,8 +178,10 @@ def _empty_slots(
         parameter = by_name.get(name)
         if parameter is None or parameter not in on_device:
             raise InputError(f"the checkpoint has optimizer state for {name}, which this run does not train")
-        dtype = entry.properties.dtype
-        if not entry.size:
+        dtype, own = entry.properties.dtype, optimizer.state.get(parameter, {}).get(slot)
+        if own is not None and own.shape == entry.size and own.dtype == dtype:
+            yield parameter, slot, full_name, own
+        elif not entry.size:
             # A count of steps: torch keeps it where the update that reads it runs.
             device = parameter.device if on_device[parameter] else torch.device("cpu")
             yield parameter, slot, full_name, torch.empty((), dtype=dtype, device=device)

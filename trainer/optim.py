@@ -8,7 +8,7 @@ AdamW: Loshchilov and Hutter, arXiv:1711.05101. Lion: Chen et al., arXiv:2302.06
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from trainer.errors import InputError
 
 ADAMW_BETAS, ADAMW_EPS, ADAMW_DECAY = (0.9, 0.95), 1e-8, 1e-5
 LION_BETAS, LION_DECAY = (0.9, 0.99), 0.0
+OFFLOAD_PIECE = 2**28  # bytes of state on the device at once
 # A share this large halves the weights within 700 steps: nearly always torch's coupled value, copied.
 SUSPICIOUS_DECAY = 1e-3
 
@@ -37,6 +38,8 @@ class OptimizerConfig:
     weight_decay: share of a decayed weight lost per step at the full learning rate; 1e-5 for AdamW, 0 for Lion.
         torch.optim.AdamW's value times lr is the same decay here.
     state_dtype: of Lion's moving average; bf16 halves its memory, and rounds it once a step. AdamW's are fp32.
+    offload: keep the state in host memory, and on the device a piece at a time while the optimizer steps. The numbers
+        are the same; on a CPU it saves nothing.
     decay_all: decay norms, biases and embeddings too, as llm-foundry does; otherwise matrices only.
     """
 
@@ -46,6 +49,7 @@ class OptimizerConfig:
     eps: float | None = None
     weight_decay: float | None = None
     state_dtype: Literal["fp32", "bf16"] = "fp32"
+    offload: bool = False
     decay_all: bool = False
 
     def __post_init__(self) -> None:
@@ -61,7 +65,7 @@ class OptimizerConfig:
         if self.state_dtype != "fp32" and self.name != "decoupled_lionw":
             raise InputError(
                 f"optimizer.state_dtype={self.state_dtype}: {self.name} changes its second average by less a step than "
-                "bf16 can hold; use fp32, or decoupled_lionw"
+                "bf16 can hold; use fp32, perhaps with optimizer.offload=true, or decoupled_lionw"
             )
         if self.weight_decay is not None and not (0 <= self.weight_decay < 1):
             raise InputError(
@@ -167,24 +171,27 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     optimizer: torch.optim.Optimizer
     if adamw:
         eps = config.eps if config.eps is not None else ADAMW_EPS
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas or ADAMW_BETAS, eps=eps, fused=True)
+        kind = _OffloadedAdamW if config.offload else torch.optim.AdamW
+        optimizer = kind(groups, lr=config.lr, betas=config.betas or ADAMW_BETAS, eps=eps, fused=True)
     else:
         state_dtype = torch.bfloat16 if config.state_dtype == "bf16" else None
-        optimizer = LionW(groups, lr=config.lr, betas=config.betas or LION_BETAS, state_dtype=state_dtype)
-    _allocate_state(optimizer, adamw=adamw)
+        lion = _OffloadedLionW if config.offload else LionW
+        optimizer = lion(groups, lr=config.lr, betas=config.betas or LION_BETAS, state_dtype=state_dtype)
+    _allocate_state(optimizer, adamw=adamw, offload=config.offload)
     return optimizer
 
 
-def _allocate_state(optimizer: torch.optim.Optimizer, *, adamw: bool) -> None:
+def _allocate_state(optimizer: torch.optim.Optimizer, *, adamw: bool, offload: bool) -> None:
     """Zero state for every parameter now: a lack of memory shows before the first step, and a checkpoint taken before
     it holds step 0. (torch's checkpointing would otherwise make the state with a step of its own, counted as one.)
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
-            state["exp_avg"] = torch.zeros_like(p, dtype=getattr(optimizer, "state_dtype", None))
+            place: dict[str, Any] = {"device": "cpu", "pin_memory": p.is_cuda} if offload else {}
+            state["exp_avg"] = torch.zeros_like(p, dtype=getattr(optimizer, "state_dtype", None), **place)
             if adamw:
-                state["exp_avg_sq"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p, **place)
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
 
 
@@ -230,6 +237,52 @@ class LionW(torch.optim.Optimizer):
                     decay=group["lr"] * group["weight_decay"],
                 )
         return loss
+
+
+class _Offloaded(torch.optim.Optimizer):
+    """A base before an optimizer's class: its state is in host memory, and in a step on the parameters' device, that of
+    a few parameters at a time.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        groups = self.param_groups
+        for group in groups:
+            for params in _pieces(group["params"], self.state):
+                hosts = [(p, name, host) for p in params for name, host in self.state[p].items() if host.dim()]
+                for p, name, host in hosts:
+                    self.state[p][name] = here = torch.empty_like(p, dtype=host.dtype, requires_grad=False)
+                    _local(here).copy_(_local(host), non_blocking=True)
+                self.param_groups = [group | {"params": params}]
+                super().step()
+                for p, name, host in hosts:
+                    _local(host).copy_(_local(self.state[p][name]), non_blocking=True)
+                    self.state[p][name] = host
+        self.param_groups = groups
+        if params[0].is_cuda:
+            torch.cuda.current_stream(params[0].device).synchronize()  # a checkpoint may read the host's copies next
+        return None
+
+
+class _OffloadedAdamW(_Offloaded, torch.optim.AdamW):
+    pass
+
+
+class _OffloadedLionW(_Offloaded, LionW):
+    pass
+
+
+def _pieces(params: list[nn.Parameter], state: dict[Any, Any]) -> Iterator[list[nn.Parameter]]:
+    """Runs of parameters whose state has OFFLOAD_PIECE bytes at most, or of one."""
+    piece: list[nn.Parameter] = []
+    held = 0
+    for p in params:
+        size = sum(_local(x).numel() * x.element_size() for x in state[p].values())
+        if piece and held + size > OFFLOAD_PIECE:
+            yield piece
+            piece, held = [], 0
+        piece.append(p)
+        held += size
+    yield piece
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from mpt.config import count_parameters, parameter_shapes
 from mpt.context import deal, slopes_of
 from trainer.lora import LoraConfig, count_adapters, target_shapes
 from trainer.metrics import flops_per_token
+from trainer.optim import OFFLOAD_PIECE
 
 if TYPE_CHECKING:
     from trainer.config import Resolved, TrainConfig
@@ -20,7 +21,8 @@ DEVICE_SHARE = 0.92  # of a GPU's memory that the estimate may fill; the rest is
 FP32 = 4
 GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GiB of those that there are
 LOSS_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # logits at once, as kernels.linear_cross_entropy chooses them
-SHARDS = ("weights", "gradients", "optimizer state")  # the kinds that cpu_offload moves
+STATE = "optimizer state"
+SHARDS = ("weights", "gradients", STATE)  # the kinds that cpu_offload moves
 MLP_CHUNK = 8192  # tokens, as a setting to propose: enough for matrix products that fill a GPU
 
 
@@ -144,15 +146,20 @@ def plan(config: "TrainConfig", resolved: "Resolved", world_size: int) -> Plan:
 def host_memory(
     config: "TrainConfig", model_config: MptConfig, device: dict[str, int], micro_batch: int
 ) -> dict[str, int]:
-    """What is kept in host memory, by kind; cpu_offload's kinds are taken out of `device`, as `memory` gives it."""
-    host: dict[str, int] = {}
-    if config.fsdp_config.cpu_offload:
-        host = {kind: device.pop(kind) for kind in SHARDS if kind in device}
+    """What is kept in host memory, by kind; offloaded shards are taken out of `device`, as `memory` gives it."""
+    host = {kind: device.pop(kind) for kind in _offloaded(config) if kind in device}
     if config.activation_offload and config.device != "cpu":
         width = 2 if config.precision == "amp_bf16" else FP32
         tokens = micro_batch * _ceil(config.max_seq_len, config.context_parallel_size)
         host["block inputs"] = model_config.n_layers * tokens * model_config.d_model * width
     return host
+
+
+def _offloaded(config: "TrainConfig") -> tuple[str, ...]:
+    """The kinds of shards that are in host memory, where the device's is another."""
+    if config.fsdp_config.cpu_offload:
+        return SHARDS
+    return (STATE,) if config.optimizer.offload and config.device != "cpu" else ()
 
 
 def _less(config: "TrainConfig", resolved: "Resolved", world_size: int, device_bytes: int) -> dict[str, int]:
@@ -168,9 +175,13 @@ def _less(config: "TrainConfig", resolved: "Resolved", world_size: int, device_b
         changes[f"mlp_chunk_size={MLP_CHUNK}"] = {"mlp_chunk_size": MLP_CHUNK}
     if optimizer.name == "decoupled_lionw" and optimizer.state_dtype == "fp32":
         changes["optimizer.state_dtype=bf16"] = {"optimizer": replace(optimizer, state_dtype="bf16")}
-    if not fsdp.cpu_offload and config.device != "cpu":
+    if not fsdp.cpu_offload and not optimizer.offload and config.device != "cpu":
+        both = {k: v for change in changes.values() for k, v in change.items()}
+        changes["optimizer.offload=true"] = {"optimizer": replace(optimizer, offload=True)}
         changes["fsdp_config.cpu_offload=true"] = {"fsdp_config": replace(fsdp, cpu_offload=True)}
-    if len(changes) > 1:
+        if both:
+            changes["all of these but optimizer.offload"] = both | changes["fsdp_config.cpu_offload=true"]
+    elif len(changes) > 1:
         changes["all of these"] = {k: v for change in changes.values() for k, v in change.items()}
     out = {}
     for setting, change in changes.items():
@@ -215,11 +226,12 @@ def memory(config: "TrainConfig", model_config: MptConfig, world_size: int, micr
     ranks sum after every micro-batch. activations: what every block keeps for the backward; with checkpointing they are
     called block inputs. one block's work: its recomputation and the temporaries of its backward. keys of the group:
     with context_parallel_size, keys and values of whole sequences, kept by every block, or with activation
-    checkpointing by one; in attention's backward their gradients, the sum of these, and what is sent. loss: a chunk of logits, the head's
-    gradient summed in fp32, the last hidden states. optimizer step: its temporaries.
+    checkpointing by one; in attention's backward their gradients, the sum of these, and what is sent. loss: a chunk of
+    logits, the head's gradient summed in fp32, the last hidden states. optimizer step: its temporaries, and what of an
+    offloaded state is on the device.
     """
     every = _moments(config, model_config, world_size, micro_batch)
-    elsewhere = SHARDS if config.fsdp_config.cpu_offload else ()
+    elsewhere = _offloaded(config)
 
     def held(parts: dict[str, int]) -> int:
         return sum(size for kind, size in parts.items() if kind not in elsewhere)
@@ -268,7 +280,7 @@ def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, mi
     one_block = width * trained_root + (width + reduce_width) * trained_block
     state = {
         "weights": shards + _ceil(frozen, shard) * width,
-        "optimizer state": _ceil(trained, shard) * average if lion else 2 * shards,
+        STATE: _ceil(trained, shard) * average if lion else 2 * shards,
     }
     model = state | {"gathered weights": width * (root + (min(2, c.n_layers) if fsdp.reshard_after_forward
                                                           else c.n_layers) * block)}  # fmt: skip
@@ -280,6 +292,9 @@ def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, mi
     ]
     lion_temporaries = lion and device_type == "cpu" and lora is None  # the adapters' are small
     step = _step_temporaries(c, config.optimizer.decay_all, shard, average) if lion_temporaries else 0
+    if config.optimizer.offload:  # a piece of the state on the device
+        largest = max(math.prod(shape) for shape in parameter_shapes(c).values()) * state[STATE] // own
+        step += min(state[STATE], max(OFFLOAD_PIECE, largest))
     early = {"gradients": shards if accumulates and not whole else 0}
     unreduced = trained * reduce_width
     late = {"gradients": shards, inputs: kept // c.n_layers}

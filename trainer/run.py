@@ -184,12 +184,12 @@ def _sharded_model(config: TrainConfig, model_config: MptConfig, world: World) -
 
 
 def _fingerprint(config: TrainConfig, resolved: Resolved, data: Data) -> dict[str, Any]:
-    """What a run must not change when it resumes. Durations, intervals, loggers and micro-batch are free."""
+    """What a run must not change when it resumes. Durations, intervals, loggers, micro-batch, offloading are free."""
     fingerprint = {
         "model": resolved.model_config.to_dict(extra=False),
         "data": data.fingerprint(),
         "seed": config.seed,
-        "optimizer": asdict(config.optimizer),
+        "optimizer": {name: value for name, value in asdict(config.optimizer).items() if name != "offload"},
         "global_train_batch_size": config.global_train_batch_size,
     }
     if config.lora is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import write_shards
+from data_files import edit_manifest, write_shards
 from launch import launch
 
 from mpt import MptForCausalLM
@@ -77,6 +77,14 @@ def test_a_step_reads_the_same_tokens_in_shorter_pieces(recipe, tmp_path, monkey
     assert [tokens for _, _, tokens in losses(tmp_path / "run")] == [64 * step for step in range(1, 7)]
 
 
+def test_padding_is_counted_no_more_often_in_pieces(recipe, tmp_path):
+    books = [row for n in (5, 17, 32, 1) for row in [7] * (n - 1) + [0] * (33 - n)]
+    write_shards(tmp_path / "data", {"train": [books]}, vocab_size=32)
+    edit_manifest(tmp_path / "data", lambda manifest: manifest.update(excerpt_tokens=32))
+    assert run(load_config(recipe, [f"save_folder={tmp_path / 'run'}"])) == 0
+    assert [tokens for _, _, tokens in losses(tmp_path / "run")][1::2] == [55, 110, 165]
+
+
 @pytest.mark.parametrize("cut", [2, 3])  # where one stage ends, and inside of another
 def test_a_resumed_run_is_the_run_that_never_stopped(recipe, tmp_path, cut):
     """Whether or not the optimizer's state waits in host memory."""
@@ -102,6 +110,7 @@ def test_the_plan_shows_it(recipe):
     ("override", "message"),
     [
         ("length_curriculum=[{max_seq_len: 12, until: 2ba}]", r"length_curriculum\[0\].max_seq_len=12 does not divide"),
+        ("length_curriculum=[{max_seq_len: 1, until: 2ba}]", r"max_seq_len=1: a sequence of one token has none"),
         ("length_curriculum=[{max_seq_len: 32, until: 2ba}]", r"max_seq_len=32 is not below 32"),
         ("length_curriculum=[{max_seq_len: 16, until: 1}, {max_seq_len: 8, until: 2}]", "16 is not below 8"),
         ("length_curriculum=[{max_seq_len: 16, until: 2}, {max_seq_len: 8, until: 3}]", "list the stages from short"),

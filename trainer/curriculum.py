@@ -21,10 +21,12 @@ class LengthStage:
 
 
 def check_curriculum(stages: Sequence[LengthStage], max_seq_len: int) -> None:
-    """InputError for a length that is not a divisor of the run's, or not below the next stage's."""
+    """InputError for a length that is 1 or not a divisor of the run's, or not below the next stage's."""
     lengths = [stage.max_seq_len for stage in stages]
     for i, (length, following) in enumerate(zip(lengths, [*lengths[1:], max_seq_len])):
         name = f"length_curriculum[{i}].max_seq_len={length}"
+        if length == 1:
+            raise InputError(f"{name}: a sequence of one token has none to predict; give 2 or more")
         if length < 1 or max_seq_len % length:
             raise InputError(
                 f"{name} does not divide max_seq_len={max_seq_len}, whose sequences are cut into such pieces"

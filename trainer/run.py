@@ -316,13 +316,13 @@ class Loop:
             while state.step < resolved.steps:
                 with self.timer("data"):
                     arrays = batches.get(state.step)
+                    read = sum(self.train_data.tokens(array) for array in arrays) if self.world.counts else 0
                     length = length_at(state.step, resolved.stages, self.config.max_seq_len)
                     if resolved.stages:
                         arrays = [array.reshape(-1, length) for array in arrays]
                     micro_batches = [
                         forward_arguments(self.train_data, array, resolved.model_config) for array in arrays
                     ]
-                    read = sum(self.train_data.tokens(array) for array in arrays) if self.world.counts else 0
                     counted = sum(self._counted(batch) for batch in micro_batches)
                 counted_everywhere, read_everywhere, stop, save_failed = self.world.sum(
                     counted, read, self.signals.received, self.checkpointer.failed

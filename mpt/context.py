@@ -14,7 +14,6 @@ In the backward the gradients of fetched keys and values travel back, and their 
 results repeat themselves.
 """
 
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from kernels.alibi import Rules, block_norms, first_kept
 from kernels.backend import autocast_dtype, no_autocast, wide
 from mpt.config import MptConfig
 
-__all__ = ["ContextGroup", "ContextSplit", "Needs", "balance", "deal", "slopes_of"]
+__all__ = ["ContextGroup", "ContextSplit", "Needs", "deal", "slopes_of"]
 
 Block = tuple[int, int]  # positions first..last, last excluded
 
@@ -221,13 +220,6 @@ class Needs:
         rows = [self._rows(split.take(wanted, rank=r), r == me) for r in range(split.context.size)]
         return [row._replace(position=split.take(place, 0, r)[row.position]) for r, row in enumerate(rows)]
 
-    @cached_property
-    def exchanged(self) -> float:
-        """The keys that this rank fetches, as a share of those that the other ranks have."""
-        count = sum(len(row.head) for row in self.receive())
-        own = sum(last - first for first, last in self.split.mine)
-        return count / max(1, self.starts.shape[-1] * (self.split.length - own))
-
     def _wanted(self, rank: int) -> Tensor:
         """Bool (kv heads x batch, S): the keys that some block of a rank reads."""
         place = torch.arange(self.split.length, device=self.starts.device)
@@ -334,11 +326,6 @@ def deal(
             break
     assert best is not None
     return best
-
-
-def balance(blocks: list[list[Block]], work: Tensor) -> float:
-    """The most work of a rank over the mean, for blocks by rank and the work (S,) at each position."""
-    return _balance([sum(float(work[first:last].sum()) for first, last in part) for part in blocks])
 
 
 def _balance(loads: list[float]) -> float:

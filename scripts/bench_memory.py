@@ -20,17 +20,15 @@ def measure(recipe: str, overrides: list[str], steps: int = 2, processes: int = 
     """
     context = multiprocessing.get_context("spawn")
     started: list[tuple[Any, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
+        common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         for rank in map(str, range(processes)):
             receiver, sender = context.Pipe(duplex=False)
-            own = environment | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
-            args = recipe, [*overrides, f"save_folder={folder}/run"], steps, own if processes > 1 else {}, sender
-            started.append((context.Process(target=_child, args=args), receiver))
-            started[-1][0].start()
+            environment = common | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+            process = context.Process(target=_child, args=(recipe, overrides, steps, folder, environment, sender))
+            process.start()
             sender.close()
+            started.append((process, receiver))
         outcomes: list[dict[str, Any]] = []
         for _, receiver in started:
             try:
@@ -45,16 +43,24 @@ def measure(recipe: str, overrides: list[str], steps: int = 2, processes: int = 
     return max(outcomes, key=lambda outcome: outcome["measured_bytes"])
 
 
-def _child(recipe: str, overrides: list[str], steps: int, environment: dict[str, str], sender: Any) -> None:
+def _free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def _child(
+    recipe: str, overrides: list[str], steps: int, folder: str, environment: dict[str, str], sender: Any
+) -> None:
     os.environ.update(environment)
     try:
-        sender.send(_measured(recipe, overrides, steps))
+        sender.send(_measured(recipe, overrides, steps, folder))
     except Exception as e:
         sender.send({"error": f"{type(e).__name__}: {e}"})
         raise
 
 
-def _measured(recipe: str, overrides: list[str], steps: int) -> dict[str, Any]:
+def _measured(recipe: str, overrides: list[str], steps: int, folder: str) -> dict[str, Any]:
     import time
     from importlib import import_module
 
@@ -73,8 +79,8 @@ def _measured(recipe: str, overrides: list[str], steps: int) -> dict[str, Any]:
 
     run.Loop, run._finish = Timed, lambda loop: None
     config = load_config(recipe, [
-        *overrides, f"max_duration={steps}ba", "eval_loader=null", "eval_first=false", "save_interval=0",
-        "scheduler.t_warmup=0ba", "loggers.progress=false",
+        *overrides, f"max_duration={steps}ba", f"save_folder={folder}/run", "eval_loader=null", "eval_first=false",
+        "save_interval=0", "scheduler.t_warmup=0ba", "loggers.progress=false",
     ])  # fmt: skip
     predicted = plan(config, validate(config, world_size()), world_size())
     run.Checkpointer = _NoCheckpoints
@@ -125,6 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=2, help="of each run (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     args = parser.parse_intermixed_args(argv)
+    for name in ("processes", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: give 1 or more")
     rows = []
     for length in args.lengths or [None]:
         overrides = [*args.overrides, "device=cpu", *([f"max_seq_len={length}"] if length else [])]

@@ -62,16 +62,17 @@ WIDE = ["model.d_model=512", "model.n_heads=8", "model.vocab_size=16384"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "processes"),
     [
-        [*WEIGHTS, "optimizer.name=decoupled_adamw"],
-        [*WEIGHTS, "precision=amp_bf16", "optimizer.state_dtype=bf16"],
-        [*WIDE, "max_seq_len=16384"],
-        [*WIDE, "max_seq_len=20480", "mlp_chunk_size=2048", "activation_offload=true"],
+        ([*WEIGHTS, "optimizer.name=decoupled_adamw"], 1),
+        ([*WEIGHTS, "precision=amp_bf16", "optimizer.state_dtype=bf16"], 1),
+        ([*WIDE, "max_seq_len=16384"], 1),
+        ([*WIDE, "max_seq_len=20480", "mlp_chunk_size=2048", "activation_offload=true"], 1),
+        ([*WIDE, "max_seq_len=32768", "context_parallel_size=2"], 2),
     ],
 )
-def test_the_plan_predicts_the_measured_peak(recipe, overrides):
-    row = bench_memory.measure(recipe, overrides, 1)
+def test_the_plan_predicts_the_measured_peak(recipe, overrides, processes):
+    row = bench_memory.measure(recipe, overrides, 1, processes)
     assert row["measured_bytes"] > GIB, json.dumps(row)
     assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1), json.dumps(row)
 

@@ -282,9 +282,10 @@ def _read(path: Path, check_hashes: bool) -> Source:
         return Source(path, form, tensors, saved or None, companions_in(path.parents[1] / "export") if in_run else {})
     found = read_folder(path)
     if found is None:
+        export = path / "export"
         raise ValueError(
             f"{path} holds neither model.safetensors nor pytorch_model.bin, whole or with an index, "
-            f"nor {LATEST_COMPOSER}, nor checkpoints of a training run"
+            f"nor {LATEST_COMPOSER}, nor checkpoints of a training run{f'; give {export}' if export.is_dir() else ''}"
         )
     return Source(path, form, found, _config_in(path), companions_in(path))
 

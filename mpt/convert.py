@@ -83,16 +83,16 @@ def logits_difference(source: Source, to: str | Path, *, dtype: torch.dtype | No
 
     The models are loaded one after the other. Infinite where a logit is not finite.
     """
-    a = _logits(source.path, dtype)
+    a = _logits(source, dtype)
     b = _logits(Path(to), None)
     difference = float((a - b).abs().max() / a.abs().max())
     return difference if math.isfinite(difference) else math.inf
 
 
 @torch.no_grad()
-def _logits(path: Path, dtype: torch.dtype | None) -> Tensor:
+def _logits(source: Source | Path, dtype: torch.dtype | None) -> Tensor:
     """(1, tokens, V), fp32, of fixed tokens."""
-    model = MptForCausalLM.from_pretrained(path, dtype=dtype)
+    model = MptForCausalLM.from_pretrained(source, dtype=dtype)
     tokens = min(CHECK_TOKENS, model.config.max_seq_len)
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     prefix_mask = torch.zeros_like(ids, dtype=torch.bool) if model.config.attn_config.prefix_lm else None

@@ -425,7 +425,7 @@ class MptPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_name: str | Path,
+        path_or_name: str | Path | checkpoint.Source,
         *,
         config: MptConfig | None = None,
         dtype: torch.dtype | None = None,
@@ -436,7 +436,8 @@ class MptPreTrainedModel(nn.Module):
         """A model in eval mode from a checkpoint of any form; `init_device` plays no part.
 
         path_or_name: a Hugging Face folder, a Composer .pt, a training run's folder or a checkpoint in it; or a name on
-            the Hugging Face hub, of which `revision` (a branch, tag or commit) is taken.
+            the Hugging Face hub, of which `revision` (a branch, tag or commit) is taken. What
+            mpt.checkpoint.open_checkpoint gives is taken as it is.
         config: in place of the checkpoint's own.
         dtype: of the parameters; None takes the checkpoint's.
         device: where the parameters are made, and to which each is read.
@@ -449,7 +450,9 @@ class MptPreTrainedModel(nn.Module):
         if config is not None and overrides:
             raise ValueError(f"config and {', '.join(overrides)} are given; set the fields in config")
         overrides = _config_fields(overrides)
-        source = checkpoint.open_checkpoint(path_or_name, revision=revision, check_hashes=True)
+        source = path_or_name
+        if not isinstance(source, checkpoint.Source):
+            source = checkpoint.open_checkpoint(source, revision=revision, check_hashes=True)
         with torch.device("meta"):
             model = cls(config or source.config(**overrides))
         stored = checkpoint.match(model, source)  # before memory is taken for what does not fit

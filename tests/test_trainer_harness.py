@@ -181,23 +181,27 @@ def test_generation_options() -> None:
 
 
 def test_the_end_token(files: dict[str, bytes]) -> None:
-    """The configuration's, else that of the tokenizer's settings, else the usual one."""
+    """The configuration's, else that for generation, else that of the tokenizer's settings, else the usual one."""
     model = build()
 
-    def ends(**settings: Any) -> list[int]:
+    def ends(generation: Any = None, **settings: Any) -> list[int]:
         given = {"tokenizer_config.json": json.dumps(settings).encode()}
+        given["generation_config.json"] = json.dumps({"eos_token_id": generation}).encode()
         return TextModel(model, files | given, quiet=True).ends
 
     letter = Tokenizer.from_buffer(files["tokenizer.json"]).token_to_id("e")
     assert ends() == [0]
     assert ends(eos_token="e") == ends(eos_token={"content": "e"}) == [letter]
+    assert ends([7, 8], eos_token="e") == [7, 8] and ends(7) == [7]
+    with pytest.raises(InputError, match=r"generation_config.json: eos_token_id is 'e'; it must be an id or a list"):
+        ends("e")
     model.config.eos_token_id = [4, 5]
-    assert ends(eos_token="e") == [4, 5]
+    assert ends([7, 8], eos_token="e") == [4, 5]
 
 
 def test_refused(files: dict[str, bytes]) -> None:
     model = build("learned")
-    with pytest.raises(InputError, match=r"no tokenizer.json, and tasks are texts; name a tokenizer with --tokenizer"):
+    with pytest.raises(InputError, match=r"no tokenizer.json; name a tokenizer with --tokenizer"):
         TextModel(model, {})
     with pytest.raises(InputError, match=r"tokenizer.json: the tokenizers library cannot read it"):
         TextModel(model, {"tokenizer.json": b"{}"})

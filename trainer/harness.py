@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mpt import MptForCausalLM
 from mpt.model import linear
-from trainer.data.tokenizer import DEFAULT_EOS, SETTINGS, TOKENIZER
+from trainer.data.tokenizer import DEFAULT_EOS, model_ends, model_tokenizer
 from trainer.data.workers import Progress
 from trainer.errors import InputError
 from trainer.evaluate import TOKENS_PER_BATCH
@@ -42,11 +41,16 @@ class TextModel:
         thousand tokens.
         """
         config = model.config
-        self.model, self.tokenizer, self.quiet = model.eval(), _tokenizer(files, config.vocab_size), quiet
+        self.model, self.tokenizer, self.quiet = model.eval(), model_tokenizer(files, config.vocab_size), quiet
         self.max_length = config.max_seq_len if max_length is None else max_length
         self.batch_size = batch_size
-        self.ends = _ends(config.eos_token_id, files, self.tokenizer)
+        self.ends = model_ends(config.eos_token_id, files, self.tokenizer)
         self.device = model.get_input_embeddings().weight.device
+        if not self.ends:
+            raise InputError(
+                "neither the model's configuration nor the tokenizer says which token ends a text, and there is no "
+                f"{DEFAULT_EOS}; set eos_token_id in config.json"
+            )
         if self.max_length < 2:
             raise InputError(f"--max-length {self.max_length}: give 2 tokens or more")
         if config.learned_positions and self.max_length > config.max_seq_len:
@@ -220,43 +224,6 @@ def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
             f"known are until, {', '.join(LIMITS)}, do_sample, temperature, {', '.join(OPTIONS)}"
         )
     return options
-
-
-def _tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
-    if TOKENIZER not in files:
-        raise InputError(f"the checkpoint has no {TOKENIZER}, and tasks are texts; name a tokenizer with --tokenizer")
-    try:
-        tokenizer = Tokenizer.from_buffer(files[TOKENIZER])
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{TOKENIZER}: the tokenizers library cannot read it ({error}); give a whole file") from None
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise InputError(
-            f"{TOKENIZER} has {tokenizer.get_vocab_size()} tokens, the model {vocab_size}: they do not belong "
-            "together; name the model's with --tokenizer"
-        )
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _ends(configured: int | Sequence[int] | None, files: Mapping[str, bytes], tokenizer: Tokenizer) -> list[int]:
-    """Ids that end a text: the model's, else the tokenizer's end token. The first also stands before a text."""
-    if configured is not None:
-        return [configured] if isinstance(configured, int) else list(configured)
-    names = [DEFAULT_EOS]
-    for file in SETTINGS:
-        try:
-            name = json.loads(files.get(file, b"{}")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{file}: not a JSON mapping ({error}); repair or remove it") from None
-        names.insert(0, name["content"] if isinstance(name, dict) else name)
-    ids = [tokenizer.token_to_id(name) for name in names if name]
-    if found := [i for i in ids if i is not None]:
-        return found[:1]
-    raise InputError(
-        f"neither the model's configuration nor the tokenizer says which token ends a text, and there is no "
-        f"{DEFAULT_EOS}; set eos_token_id in config.json"
-    )
 
 
 def run_tasks(

@@ -4,10 +4,11 @@ Face folders, written as a stream of tensors.
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from mpt.tensor_files import Stored, read_folder, read_json, short
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 TABLE_LINES = 20
+_MODEL_FILE = re.compile(r"config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 CLASSIFIERS = ("score.", "classifier.", "qa_outputs.")
 ALL_HEADS = ("lm_head.", *CLASSIFIERS)
 LATEST_COMPOSER = "latest-rank0.pt"  # Composer's link to the newest checkpoint of a folder
@@ -54,17 +56,22 @@ def save_hf(
     max_shard_size: bytes, or such as "5GB" (10^9 bytes) or "500MiB".
     dtype: of the saved weights; None leaves them as they are.
     write: whether this rank writes; True on one of them.
-    companions: what is written beside the weights, such as tokenizer files: name -> contents.
+    companions: what is written beside the weights, such as tokenizer files: name -> contents. None keeps those that are
+        there.
     architecture: the model's class.
 
     Everything goes into `folder`.tmp, which is renamed at the end; an older export in `folder` is replaced (and is
-    `folder`.old for a moment), anything else under these three names refused. ValueError where names or shapes are not
-    the configuration's. Warns where transformers would load the folder and compute something else.
+    `folder`.old for a moment), and what else lies there stays. A folder that is no model's is refused under any of
+    these names. ValueError where names or shapes are not the configuration's. Warns where transformers would load the
+    folder and compute something else.
     """
-    folder, limit = Path(folder), _bytes(max_shard_size)
+    folder, limit = Path(os.path.abspath(folder)), _bytes(max_shard_size)
     temporary = folder.with_name(folder.name + ".tmp")
     if write:
-        for path in (folder, temporary, _old(folder)):
+        if folder in (Path.cwd(), *Path.cwd().parents):
+            raise ValueError(f"{folder} is, or holds, the current folder, and would be replaced; give a folder in it")
+        _check_replaceable(folder, besides=hub.COMPANIONS)
+        for path in (temporary, _old(folder)):
             _check_replaceable(path)
         _remove(temporary)
         temporary.mkdir(parents=True)
@@ -78,6 +85,8 @@ def save_hf(
     for raw_name, value in named_tensors:
         name = plain_name(raw_name)
         tensor = value() if not isinstance(value, Tensor) else value
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values; load or initialise the model first")
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -105,6 +114,7 @@ def save_hf(
         shutil.copymode(temporary / "config.json", written)
     for file, content in (companions or {}).items():
         (temporary / file).write_bytes(content)
+    _carry_over(folder, temporary, left=() if companions is None else hub.COMPANIONS)
     _replace(temporary, folder)
 
 
@@ -116,9 +126,32 @@ def _bytes(size: int | str) -> int:
     return count
 
 
-def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
+def _check_replaceable(folder: Path, besides: Container[str] = ()) -> None:
+    """ValueError unless a folder is a model's, holds nothing but files named in `besides`, or is not there."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or not (
+        (folder / "config.json").exists() or all(path.name in besides for path in folder.iterdir())
+    ):
         raise ValueError(f"{folder} exists and is not a model's folder; give another place")
+
+
+def _carry_over(old: Path, new: Path, left: Container[str]) -> None:
+    """Put into `new` what `old` holds besides a model and the names in `left`, by links where the disk has them."""
+    for path in old.iterdir() if old.exists() else ():
+        if path.name in left or _MODEL_FILE.fullmatch(path.name) or os.path.lexists(new / path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, new / path.name)
+
+
+def _link(old: str | Path, new: str | Path) -> None:
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def _write_shard(shard: dict[str, Tensor], folder: Path, index: int) -> list[str]:

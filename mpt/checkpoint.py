@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,11 @@ from mpt.tensor_files import Stored, read_folder, read_json, short
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 TABLE_LINES = 20
 _MODEL_FILE = re.compile(r"config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-CLASSIFIERS = ("score.", "classifier.", "qa_outputs.")
+CLASSIFIERS = {  # the head's name, by which a checkpoint's class is known
+    "score.": "MptForSequenceClassification",
+    "classifier.": "MptForTokenClassification",
+    "qa_outputs.": "MptForQuestionAnswering",
+}
 ALL_HEADS = ("lm_head.", *CLASSIFIERS)
 LATEST_COMPOSER = "latest-rank0.pt"  # Composer's link to the newest checkpoint of a folder
 # What decides a model's output without showing in its weights' shapes.
@@ -253,6 +257,12 @@ class Source:
         """The floating dtype that the weights are stored in (of the first one)."""
         return next((s.dtype for s in self.tensors.values() if s.dtype is not None), torch.float32)
 
+    @property
+    def architecture(self) -> str:
+        """The class that the weights are of, by its head: that of the language model where there is no other."""
+        heads = [kind for head, kind in CLASSIFIERS.items() if any(name.startswith(head) for name in self.tensors)]
+        return heads[0] if len(heads) == 1 else "MptForCausalLM"
+
     def config(self, **overrides: Any) -> MptConfig:
         """The configuration, checked; overrides as in MptConfig.from_dict. ValueError where there is none, or it cannot
         be this checkpoint's.
@@ -395,14 +405,12 @@ def match(model: nn.Module, source: Source) -> dict[str, Stored]:
     return stored
 
 
-def _fresh_head(model: nn.Module, wanted: Iterable[str], stored: dict[str, Stored], path: Path) -> set[str]:
+def _fresh_head(model: nn.Module, wanted: Collection[str], stored: dict[str, Stored], path: Path) -> set[str]:
     """The names of a classifier's head where the checkpoint has none of it. Drops other classes' heads from `stored`,
     and warns of both.
     """
-    unused = sorted(name for name in stored if name.startswith(ALL_HEADS) and name not in wanted)
-    for name in unused:
-        del stored[name]
-    head = {name for name in wanted if name.startswith(CLASSIFIERS)}
+    unused = _drop_other_heads(stored, wanted, path)
+    head = {name for name in wanted if name.startswith(tuple(CLASSIFIERS))}
     fresh = set() if head & stored.keys() else head
     said = [f"has no {' and '.join(sorted(fresh))}: initialised at random, train before use"] if fresh else []
     said += [f"has {' and '.join(unused)}, which {type(model).__name__} does not use"] if unused else []
@@ -411,14 +419,31 @@ def _fresh_head(model: nn.Module, wanted: Iterable[str], stored: dict[str, Store
     return fresh
 
 
-def causal_lm_tensors(source: Source, config: MptConfig) -> dict[str, Stored]:
-    """Every parameter that an MptForCausalLM of this configuration has, by name, in the model's order.
+def _drop_other_heads(stored: dict[str, Stored], wanted: Container[str], path: Path) -> list[str]:
+    """Take the heads of other classes out of `stored`, and give their names. ValueError where they leave none for the
+    language model that is wanted.
+    """
+    unused = sorted(name for name in stored if name.startswith(ALL_HEADS) and name not in wanted)
+    for name in unused:
+        del stored[name]
+    if unused and "lm_head.weight" in wanted and "lm_head.weight" not in stored:
+        raise ValueError(
+            f"{path} is a classifier's: it has {' and '.join(unused)}, and no lm_head.weight, which a language model "
+            "with tie_word_embeddings False needs; set that to True, or load a language model's checkpoint"
+        )
+    return unused
+
+
+def model_tensors(source: Source, config: MptConfig, architecture: str = "MptForCausalLM") -> dict[str, Stored]:
+    """Every parameter that a class of this configuration has, by name, in the model's order. Heads of other classes
+    are left out.
 
     ValueError holds a table of what does not fit.
     """
-    stored, shapes = source.with_head(), parameter_shapes(config)
+    stored, shapes = source.with_head(), parameter_shapes(config, architecture)
     if config.tie_word_embeddings:
         _drop_tied_head(stored, source.path)
+    _drop_other_heads(stored, shapes, source.path)
     compare(shapes, stored, source.path)
     return {name: stored[name] for name in shapes}
 

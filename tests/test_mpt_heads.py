@@ -342,6 +342,10 @@ def test_heads_of_other_classes(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(MptModel.from_pretrained(tmp_path), model.transformer)
+    with pytest.raises(
+        ValueError, match=r"is a classifier's: it has classifier\.bias and .* set that to True, or load"
+    ):
+        MptForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"classifier\.weight expected \(3, 64\), found \(2, 64\)"):
         MptForTokenClassification.from_pretrained(tmp_path, num_labels=3)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +164,28 @@ def test_continuations(files: dict[str, bytes]) -> None:
     ]
     with pytest.raises(InputError, match=r"256 new tokens leave no room for a prompt in 24: raise --max-length"):
         plain.continuations([("a", {})])
+
+
+def test_processes_share_the_work(files: dict[str, bytes]) -> None:
+    """Every batch is one rank's, and all ranks' results together are those of one process."""
+    model = build()
+    pairs = [("a small", " text"), ("to", " learn"), ("and", " a"), ("", "x"), ("this", "")]
+    prompts = [
+        ("a small", {"until": ["q"], "max_gen_toks": 3}),
+        ("to learn", {"max_gen_toks": 3}),
+        ("and", {"max_gen_toks": 2}),
+    ]
+    alone = TextModel(model, files, batch_size=1, max_length=300, quiet=True)
+    expected = [alone.loglikelihoods(pairs), alone.continuations(prompts)]
+    found: dict[int, list[dict[int, Any]]] = {0: [], 1: []}
+    for rank in range(2):
+        world = SimpleNamespace(rank=rank, size=2, gather=lambda part, rank=rank: found[rank].append(part) or [part])
+        text_model = TextModel(model, files, batch_size=1, max_length=300, quiet=True, world=world)
+        text_model.loglikelihoods(pairs), text_model.continuations(prompts)
+    for first, second, whole in zip(found[0], found[1], expected):
+        assert first and second and not first.keys() & second.keys()
+        joined = first | second
+        assert [joined.get(i, (0.0, True)) for i in range(len(whole))] == whole
 
 
 def test_generation_options() -> None:

@@ -325,6 +325,9 @@ def _read(path: Path, check_hashes: bool) -> Source:
         return Source(path, form, tensors, saved or None, companions_in(path.parents[1] / "export") if in_run else {})
     found = read_folder(path)
     if found is None:
+        broken = next((p for p in path.iterdir() if p.is_symlink() and not p.exists()), None)
+        if broken is not None:  # such as a hub cache's, copied without what they lead to
+            raise ValueError(f"{broken} leads to a file that is not there; copy the files themselves (cp -rL)")
         export = path / "export"
         raise ValueError(
             f"{path} holds neither model.safetensors nor pytorch_model.bin, whole or with an index, "

@@ -87,7 +87,7 @@ class MptNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         device = x.device.type
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return self._norm(x, self.weight, self.bias, residual)
         if self.low_precision:
             out = self._norm(x, self.weight, self.bias, residual)

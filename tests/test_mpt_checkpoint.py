@@ -324,7 +324,7 @@ def test_a_config_that_is_none(tmp_path: Path, content: str | None) -> None:
         (tmp_path / "config.json").mkdir()
     else:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json (is not JSON|cannot be read)"):
+    with pytest.raises(ValueError, match=r"config\.json (is damaged: its JSON|cannot be read)"):
         MptConfig.from_pretrained(tmp_path)
 
 
@@ -344,6 +344,10 @@ def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds neither"):
         MptForCausalLM.from_pretrained(tmp_path)
     write_hub_folder(tmp_path / "hub", published().state_dict(), "bin")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "pytorch_model.bin").symlink_to("../../blobs/1")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin leads to a file that is not there; copy the files"):
+        MptForCausalLM.from_pretrained(tmp_path / "cache")
     (tmp_path / "hub" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"hub has no configuration; put the model's config\.json into it"):
         MptForCausalLM.from_pretrained(tmp_path / "hub")

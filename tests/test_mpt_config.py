@@ -323,7 +323,7 @@ def test_from_pretrained_errors(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         MptConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="its JSON does not parse"):
         MptConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match=r"config\.json: model_type is 'gpt2'"):

@@ -210,6 +210,16 @@ def test_size_and_place() -> None:
     assert ours.base_model is ours.transformer and ours.base_model.base_model is ours.base_model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_without_memory_gives_shapes(dtype: torch.dtype) -> None:
+    model = MptForCausalLM(MptConfig(**SHAPE, init_device="meta")).to(dtype)
+    ids = torch.zeros(2, S, dtype=torch.long, device="meta")
+    out = model.eval()(ids, attention_mask=torch.ones_like(ids), labels=ids)
+    assert (out.logits.shape, out.logits.dtype, out.loss.shape) == ((2, S, 97), dtype, ())
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("mean", [True, False])
 def test_resize_token_embeddings(tie: bool, mean: bool) -> None:

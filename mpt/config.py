@@ -296,7 +296,7 @@ class MptConfig:
     problem_type: str | None = None
     classifier_dropout: float | None = None
     hidden_dropout: float | None = None
-    model_type: ClassVar[str] = "mpt"
+    model_type = "mpt"  # of every MPT; no field
     _extra: ClassVar[dict[str, Any]]
 
     def __init__(self, **values: Any) -> None:

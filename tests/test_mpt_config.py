@@ -366,3 +366,10 @@ def test_importing_mpt_queries_no_device_and_no_transformers() -> None:
     code = "import sys, torch, mpt; assert 'transformers' not in sys.modules; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True, env=None)
     assert torch.get_default_device().type == "cpu"
+
+
+def test_the_model_type() -> None:
+    config = MptConfig(model_type="mpt")
+    assert config.model_type == MptConfig.model_type == config.to_dict()["model_type"] == "mpt"
+    with pytest.raises(AttributeError, match="no field 'model_type'"):
+        config.model_type = "llama"

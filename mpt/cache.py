@@ -81,10 +81,9 @@ class MptCache:
 
     def repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row, as torch.repeat_interleave does: to continue a prompt in several ways."""
-        self._layers = {
-            i: _Layer(*(None if t is None else t.repeat_interleave(repeats, 0) for t in layer))  # type: ignore[arg-type]
-            for i, layer in self._layers.items()
-        }
+        for i, (k, v, norms) in self._layers.items():  # one by one: never two caches at once
+            k, v = k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
+            self._layers[i] = _Layer(k, v, None if norms is None else norms.repeat_interleave(repeats, 0))
         self.lengths = [n for n in self.lengths for _ in range(repeats)]
         self.mask = None if self.mask is None else self.mask.repeat_interleave(repeats, 0)
 

@@ -4,10 +4,11 @@ Face folders, written as a stream of tensors.
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,12 @@ from mpt.tensor_files import Stored, read_folder, read_json, short
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 TABLE_LINES = 20
-CLASSIFIERS = ("score.", "classifier.", "qa_outputs.")
+_MODEL_FILE = re.compile(r"config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+CLASSIFIERS = {  # the head's name, by which a checkpoint's class is known
+    "score.": "MptForSequenceClassification",
+    "classifier.": "MptForTokenClassification",
+    "qa_outputs.": "MptForQuestionAnswering",
+}
 ALL_HEADS = ("lm_head.", *CLASSIFIERS)
 LATEST_COMPOSER = "latest-rank0.pt"  # Composer's link to the newest checkpoint of a folder
 # What decides a model's output without showing in its weights' shapes.
@@ -54,17 +60,22 @@ def save_hf(
     max_shard_size: bytes, or such as "5GB" (10^9 bytes) or "500MiB".
     dtype: of the saved weights; None leaves them as they are.
     write: whether this rank writes; True on one of them.
-    companions: what is written beside the weights, such as tokenizer files: name -> contents.
+    companions: what is written beside the weights, such as tokenizer files: name -> contents. None keeps those that are
+        there.
     architecture: the model's class.
 
     Everything goes into `folder`.tmp, which is renamed at the end; an older export in `folder` is replaced (and is
-    `folder`.old for a moment), anything else under these three names refused. ValueError where names or shapes are not
-    the configuration's. Warns where transformers would load the folder and compute something else.
+    `folder`.old for a moment), and what else lies there stays. A folder that is no model's is refused under any of
+    these names. ValueError where names or shapes are not the configuration's. Warns where transformers would load the
+    folder and compute something else.
     """
-    folder, limit = Path(folder), _bytes(max_shard_size)
+    folder, limit = Path(os.path.abspath(folder)), _bytes(max_shard_size)
     temporary = folder.with_name(folder.name + ".tmp")
     if write:
-        for path in (folder, temporary, _old(folder)):
+        if folder in (Path.cwd(), *Path.cwd().parents):
+            raise ValueError(f"{folder} is, or holds, the current folder, and would be replaced; give a folder in it")
+        _check_replaceable(folder, besides=hub.COMPANIONS)
+        for path in (temporary, _old(folder)):
             _check_replaceable(path)
         _remove(temporary)
         temporary.mkdir(parents=True)
@@ -78,6 +89,8 @@ def save_hf(
     for raw_name, value in named_tensors:
         name = plain_name(raw_name)
         tensor = value() if not isinstance(value, Tensor) else value
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values; load or initialise the model first")
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -105,6 +118,7 @@ def save_hf(
         shutil.copymode(temporary / "config.json", written)
     for file, content in (companions or {}).items():
         (temporary / file).write_bytes(content)
+    _carry_over(folder, temporary, left=() if companions is None else hub.COMPANIONS)
     _replace(temporary, folder)
 
 
@@ -116,9 +130,32 @@ def _bytes(size: int | str) -> int:
     return count
 
 
-def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
+def _check_replaceable(folder: Path, besides: Container[str] = ()) -> None:
+    """ValueError unless a folder is a model's, holds nothing but files named in `besides`, or is not there."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or not (
+        (folder / "config.json").exists() or all(path.name in besides for path in folder.iterdir())
+    ):
         raise ValueError(f"{folder} exists and is not a model's folder; give another place")
+
+
+def _carry_over(old: Path, new: Path, left: Container[str]) -> None:
+    """Put into `new` what `old` holds besides a model and the names in `left`, by links where the disk has them."""
+    for path in old.iterdir() if old.exists() else ():
+        if path.name in left or _MODEL_FILE.fullmatch(path.name) or os.path.lexists(new / path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, new / path.name)
+
+
+def _link(old: str | Path, new: str | Path) -> None:
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def _write_shard(shard: dict[str, Tensor], folder: Path, index: int) -> list[str]:
@@ -220,6 +257,12 @@ class Source:
         """The floating dtype that the weights are stored in (of the first one)."""
         return next((s.dtype for s in self.tensors.values() if s.dtype is not None), torch.float32)
 
+    @property
+    def architecture(self) -> str:
+        """The class that the weights are of, by its head: that of the language model where there is no other."""
+        heads = [kind for head, kind in CLASSIFIERS.items() if any(name.startswith(head) for name in self.tensors)]
+        return heads[0] if len(heads) == 1 else "MptForCausalLM"
+
     def config(self, **overrides: Any) -> MptConfig:
         """The configuration, checked; overrides as in MptConfig.from_dict. ValueError where there is none, or it cannot
         be this checkpoint's.
@@ -282,9 +325,13 @@ def _read(path: Path, check_hashes: bool) -> Source:
         return Source(path, form, tensors, saved or None, companions_in(path.parents[1] / "export") if in_run else {})
     found = read_folder(path)
     if found is None:
+        broken = next((p for p in path.iterdir() if p.is_symlink() and not p.exists()), None)
+        if broken is not None:  # such as a hub cache's, copied without what they lead to
+            raise ValueError(f"{broken} leads to a file that is not there; copy the files themselves (cp -rL)")
+        export = path / "export"
         raise ValueError(
             f"{path} holds neither model.safetensors nor pytorch_model.bin, whole or with an index, "
-            f"nor {LATEST_COMPOSER}, nor checkpoints of a training run"
+            f"nor {LATEST_COMPOSER}, nor checkpoints of a training run{f'; give {export}' if export.is_dir() else ''}"
         )
     return Source(path, form, found, _config_in(path), companions_in(path))
 
@@ -361,14 +408,12 @@ def match(model: nn.Module, source: Source) -> dict[str, Stored]:
     return stored
 
 
-def _fresh_head(model: nn.Module, wanted: Iterable[str], stored: dict[str, Stored], path: Path) -> set[str]:
+def _fresh_head(model: nn.Module, wanted: Collection[str], stored: dict[str, Stored], path: Path) -> set[str]:
     """The names of a classifier's head where the checkpoint has none of it. Drops other classes' heads from `stored`,
     and warns of both.
     """
-    unused = sorted(name for name in stored if name.startswith(ALL_HEADS) and name not in wanted)
-    for name in unused:
-        del stored[name]
-    head = {name for name in wanted if name.startswith(CLASSIFIERS)}
+    unused = _drop_other_heads(stored, wanted, path)
+    head = {name for name in wanted if name.startswith(tuple(CLASSIFIERS))}
     fresh = set() if head & stored.keys() else head
     said = [f"has no {' and '.join(sorted(fresh))}: initialised at random, train before use"] if fresh else []
     said += [f"has {' and '.join(unused)}, which {type(model).__name__} does not use"] if unused else []
@@ -377,14 +422,31 @@ def _fresh_head(model: nn.Module, wanted: Iterable[str], stored: dict[str, Store
     return fresh
 
 
-def causal_lm_tensors(source: Source, config: MptConfig) -> dict[str, Stored]:
-    """Every parameter that an MptForCausalLM of this configuration has, by name, in the model's order.
+def _drop_other_heads(stored: dict[str, Stored], wanted: Container[str], path: Path) -> list[str]:
+    """Take the heads of other classes out of `stored`, and give their names. ValueError where they leave none for the
+    language model that is wanted.
+    """
+    unused = sorted(name for name in stored if name.startswith(ALL_HEADS) and name not in wanted)
+    for name in unused:
+        del stored[name]
+    if unused and "lm_head.weight" in wanted and "lm_head.weight" not in stored:
+        raise ValueError(
+            f"{path} is a classifier's: it has {' and '.join(unused)}, and no lm_head.weight, which a language model "
+            "with tie_word_embeddings False needs; set that to True, or load a language model's checkpoint"
+        )
+    return unused
+
+
+def model_tensors(source: Source, config: MptConfig, architecture: str = "MptForCausalLM") -> dict[str, Stored]:
+    """Every parameter that a class of this configuration has, by name, in the model's order. Heads of other classes
+    are left out.
 
     ValueError holds a table of what does not fit.
     """
-    stored, shapes = source.with_head(), parameter_shapes(config)
+    stored, shapes = source.with_head(), parameter_shapes(config, architecture)
     if config.tie_word_embeddings:
         _drop_tied_head(stored, source.path)
+    _drop_other_heads(stored, shapes, source.path)
     compare(shapes, stored, source.path)
     return {name: stored[name] for name in shapes}
 

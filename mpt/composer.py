@@ -37,8 +37,11 @@ def read_composer(path: Path) -> tuple[dict[str, Stored], dict[str, Any] | None,
     integration = _at(whole, "state", "integrations", "huggingface")
     config = _at(integration, "model", "config", "content")
     try:
-        if isinstance(config, dict):  # llm-foundry wrote it, and means its own defaults by what is not there
-            config = {"name": "mpt_causal_lm"} | json.loads(json.dumps(config))
+        if isinstance(config, dict):
+            config = json.loads(json.dumps(config))
+            # By what is not there a class means its own defaults: transformers' those of its MPT, others llm-foundry's.
+            if not str(_at(integration, "model", "config", "class")).startswith("transformers."):
+                config = {"name": "mpt_causal_lm"} | config
         companions = dict(_tokenizer_files(_at(integration, "tokenizer")))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its configuration or tokenizer is no JSON ({error})") from None
@@ -55,11 +58,15 @@ def _at(value: Any, *keys: str) -> Any:
 def _tokenizer_files(tokenizer: Any) -> Iterator[tuple[str, bytes]]:
     for stem, entry in tokenizer.items() if isinstance(tokenizer, dict) else ():
         suffix, content = _at(entry, "file_extension"), _at(entry, "content")
-        name = f"{stem}{suffix}"
-        if name in COMPANIONS and isinstance(content, dict) and suffix == ".json":
+        name = str(stem).removesuffix(str(suffix)) + str(suffix)  # Composer used to leave the suffix out
+        if name not in COMPANIONS:
+            continue
+        if suffix == ".json" and isinstance(content, dict):
             yield name, json.dumps(content, ensure_ascii=False).encode()
-        elif name in COMPANIONS and isinstance(content, list) and suffix == ".txt":
+        elif suffix == ".txt" and isinstance(content, list):
             yield name, "\n".join(map(str, content)).encode()
+        elif suffix == ".jinja" and isinstance(content, str):
+            yield name, content.encode()
 
 
 def save_composer(
@@ -105,14 +112,20 @@ def save_composer(
 
 
 def _state(weights: dict[str, Tensor], config: MptConfig, companions: Mapping[str, bytes]) -> dict[str, Any]:
-    tokenizer = {}
-    for name, content in companions.items():
-        stem, suffix = Path(name).stem, Path(name).suffix
-        if suffix == ".json":
-            tokenizer[stem] = {"file_extension": suffix, "content": json.loads(content)}
-        elif suffix == ".txt":
-            tokenizer[stem] = {"file_extension": suffix, "content": content.decode().split("\n")}
-    model = {"config": {"file_extension": ".json", "content": config.to_dict()}}
+    parsed: dict[str, Callable[[bytes], Any]] = {
+        ".json": json.loads,
+        ".txt": lambda text: text.decode().split("\n"),
+        ".jinja": bytes.decode,
+    }
+    tokenizer = {
+        name: {"file_extension": suffix, "content": parsed[suffix](content)}
+        for name, content in companions.items()
+        for suffix in [Path(name).suffix]
+    }
+    if tokenizer:  # Composer does not open a tokenizer without its settings
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        tokenizer.setdefault("tokenizer_config.json", {"file_extension": ".json", "content": settings})
+    model = {"config": {"file_extension": ".json", "content": config.to_dict(), "class": "transformers.MptForCausalLM"}}
     return {
         "state": {
             "model": weights,

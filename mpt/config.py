@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin
 
 from mpt import hub, mosaic_gpt
+from mpt.tensor_files import read_json
 
 LIMIT = 2**31  # of every size: beyond it kernels could not count in 32 bits
 ATTN_TYPES = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
@@ -295,6 +296,7 @@ class MptConfig:
     problem_type: str | None = None
     classifier_dropout: float | None = None
     hidden_dropout: float | None = None
+    model_type = "mpt"  # of every MPT; no field
     _extra: ClassVar[dict[str, Any]]
 
     def __init__(self, **values: Any) -> None:
@@ -309,8 +311,8 @@ class MptConfig:
                         f"{alias} is {value} and {name} is {values[name]}; they are one field: give one of them"
                     )
                 values[name] = value
-        model_type = values.pop("model_type", "mpt")
-        if model_type != "mpt":
+        model_type = values.pop("model_type", self.model_type)
+        if model_type != self.model_type:
             raise ValueError(f"model_type is {model_type!r}; only those of 'mpt' and 'mosaic_gpt' can be read")
         attention_bias = values.pop("attention_bias", None)
         ffn = mapping("ffn_config", values.pop("ffn_config", None))
@@ -509,7 +511,7 @@ class MptConfig:
         What only classifiers need is left out where it is the default; without `extra`, so are the keys that are kept
         but have no effect.
         """
-        out: dict[str, Any] = (copy.deepcopy(self._extra) if extra else {}) | {"model_type": "mpt"}
+        out: dict[str, Any] = (copy.deepcopy(self._extra) if extra else {}) | {"model_type": self.model_type}
         out |= {f.name: getattr(self, f.name) for f in fields(self)}
         out["expansion_ratio"] = _whole(self.expansion_ratio)
         out["attn_config"] = self.attn_config.to_dict(extra=extra)
@@ -531,15 +533,13 @@ class MptConfig:
 
         overrides: as in from_dict. ValueError where there is none or it is no JSON object.
         """
-        path = hub.local_path(path_or_name, revision=revision, weights=False) / "config.json"
+        path = hub.local_path(path_or_name, revision=revision, weights=False) / hub.CONFIG
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist; give a folder that holds a model's config.json") from None
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); copy it again") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON ({error})") from None
         try:
             return cls.from_dict(values, **overrides)
         except ValueError as error:

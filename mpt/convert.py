@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpt.checkpoint import Source, causal_lm_tensors, companions_in, save_hf
+from mpt import heads
+from mpt.checkpoint import Source, companions_in, model_tensors, save_hf
 from mpt.composer import save_composer
-from mpt.heads import MptForCausalLM
+from mpt.model import MptPreTrainedModel
 from mpt.tensor_files import Stored
 
 CHECK_TOKENS = 64
@@ -25,8 +26,9 @@ def convert(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     tokenizer: str | Path | None = None,
-) -> None:
-    """Write a checkpoint as `to`: a Composer file where that ends in .pt, else a Hugging Face folder.
+) -> int:
+    """Write a checkpoint as `to`: a Composer file where that ends in .pt, else a Hugging Face folder, of the class that
+    the checkpoint is of. Returns the number of parameters.
 
     dtype: of the weights; None keeps them as they are. max_shard_size: of the files of a folder. tokenizer: a folder
         whose tokenizer files are put in the place of the checkpoint's own.
@@ -38,15 +40,22 @@ def convert(
     if to.resolve() in (source.path.resolve(), *source.path.resolve().parents):
         raise ValueError(f"{to} is, or holds, the checkpoint that is converted; give another place")
     companions = source.companions if tokenizer is None else _companions(Path(tokenizer))
-    stored = causal_lm_tensors(source, config)
+    if to.suffix == ".pt" and source.architecture != "MptForCausalLM":
+        raise ValueError(
+            f"{source.path} is of {source.architecture}, and a Composer file holds a language model; give a folder"
+        )
+    stored = model_tensors(source, config, source.architecture)
     tensors = [(name, partial(_cast, name, tensor, dtype)) for name, tensor in stored.items()]
     forms = {name: (tensor.shape, dtype or tensor.dtype or source.dtype) for name, tensor in stored.items()}
     _check_room(to, sum(math.prod(shape) * kind.itemsize for shape, kind in forms.values()))
-    if to.suffix != ".pt":
-        save_hf(tensors, config, to, max_shard_size=max_shard_size, companions=companions)
-        return
-    to.parent.mkdir(parents=True, exist_ok=True)
-    save_composer(tensors, forms, config, to, companions=companions)
+    if to.suffix == ".pt":
+        to.parent.mkdir(parents=True, exist_ok=True)
+        save_composer(tensors, forms, config, to, companions=companions)
+    else:
+        save_hf(
+            tensors, config, to, max_shard_size=max_shard_size, companions=companions, architecture=source.architecture
+        )
+    return sum(math.prod(shape) for shape, _ in forms.values())
 
 
 def _companions(folder: Path) -> dict[str, bytes]:
@@ -83,19 +92,18 @@ def logits_difference(source: Source, to: str | Path, *, dtype: torch.dtype | No
 
     The models are loaded one after the other. Infinite where a logit is not finite.
     """
-    a = _logits(source.path, dtype)
-    b = _logits(Path(to), None)
+    kind = getattr(heads, source.architecture)
+    a = _logits(kind.from_pretrained(source, dtype=dtype))
+    b = _logits(kind.from_pretrained(to))
     difference = float((a - b).abs().max() / a.abs().max())
     return difference if math.isfinite(difference) else math.inf
 
 
 @torch.no_grad()
-def _logits(path: Path, dtype: torch.dtype | None) -> Tensor:
-    """(1, tokens, V), fp32, of fixed tokens."""
-    model = MptForCausalLM.from_pretrained(path, dtype=dtype)
+def _logits(model: MptPreTrainedModel) -> Tensor:
+    """Every logit for fixed tokens, fp32."""
     tokens = min(CHECK_TOKENS, model.config.max_seq_len)
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     prefix_mask = torch.zeros_like(ids, dtype=torch.bool) if model.config.attn_config.prefix_lm else None
     out = model(ids, prefix_mask=prefix_mask, return_dict=True)
-    logits: Tensor = out.logits.float()
-    return logits
+    return torch.cat([value.float().flatten() for name, value in out.items() if name.endswith("logits")])

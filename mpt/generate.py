@@ -1,7 +1,9 @@
 """Generation: prompts continued token by token, greedily or by sampling, to an end token, a stop string or a length."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,15 +78,16 @@ def generate(
     The token that ends a row is kept. The model runs in eval mode and is left as it was. ValueError names the argument
     that does not fit.
     """
-    _check(model, input_ids, attention_mask, max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty)
-    if num_return_sequences < 1 or (num_return_sequences > 1 and not do_sample):
-        raise ValueError(
-            f"num_return_sequences is {num_return_sequences}; more than 1 needs do_sample=True, or rows would be equal"
-        )
+    _check_prompt(model, input_ids, attention_mask, max_new_tokens)
+    _check_numbers(do_sample, temperature, top_k, top_p, repetition_penalty, num_return_sequences, seed)
     stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
     if stops and tokenizer is None:
         raise ValueError("stop_strings are given without tokenizer; pass the one that decodes the ids")
-    ends = _ids(model.config.eos_token_id if eos_token_id is None else eos_token_id)
+    if any(not isinstance(stop, str) or not stop for stop in stops):
+        raise ValueError(f"stop_strings are {stop_strings!r}; each must be a text, and not empty")
+    vocab_size = model.config.vocab_size
+    ends = _ids("eos_token_id", model.config.eos_token_id if eos_token_id is None else eos_token_id, vocab_size)
+    _ids("pad_token_id", pad_token_id, vocab_size)
     pad = next(i for i in (pad_token_id, model.config.pad_token_id, *ends, 0) if i is not None)
 
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -97,7 +100,7 @@ def generate(
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     end_ids = torch.tensor(ends, device=ids.device, dtype=ids.dtype)
     watches = [StopWatch(stops, tokenizer) for _ in ids] if stops and tokenizer is not None else []
-    seen = None if repetition_penalty == 1 else _seen(ids, mask, model.config.vocab_size)
+    seen = None if repetition_penalty == 1 else _seen(ids, mask, vocab_size)
     generator = torch.Generator(ids.device)
     generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
     if streamer is not None:
@@ -109,6 +112,10 @@ def generate(
         token: Tensor | None = None
         for _ in range(max_new_tokens):
             scores = reader.read_prompt(num_return_sequences) if token is None else reader.read(token)
+            if not scores.sum().isfinite():
+                raise ValueError(
+                    f"the model's logits are not finite: its weights are damaged, or overflow in {model.dtype}"
+                )
             if seen is not None:
                 scores = _penalised(scores, seen, repetition_penalty)
             token = _sample(scores, temperature, top_k, top_p, generator) if do_sample else scores.argmax(-1)
@@ -131,21 +138,20 @@ def generate(
     return ids
 
 
-def _check(
-    model: "MptForCausalLM",
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    max_new_tokens: int,
-    do_sample: bool,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    repetition_penalty: float,
+def _check_prompt(
+    model: "MptForCausalLM", input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> None:
+    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(given, Tensor) and (given is not None or name == "input_ids"):
+            raise ValueError(f"{name} is a {type(given).__name__}; it must be a tensor (B, S)")
+    config = model.config
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids are {tuple(input_ids.shape)}; they must be (B, S) with at least one token in each row"
         )
+    for worst in input_ids.aminmax():
+        if not 0 <= worst < config.vocab_size:
+            raise ValueError(f"input_ids hold {worst}; ids must be in 0..{config.vocab_size - 1} (vocab_size - 1)")
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
@@ -155,25 +161,48 @@ def _check(
             raise ValueError(
                 f"attention_mask has no real token in row {int(real.int().argmin())}; every row needs a prompt"
             )
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must not be negative")
-    if do_sample and temperature <= 0:
-        raise ValueError(
-            f"temperature is {temperature}; it must be positive (for the likeliest token, do_sample=False)"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1 (None: no limit)")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be in (0, 1]")
-    if repetition_penalty <= 0:
-        raise ValueError(f"repetition_penalty is {repetition_penalty}; it must be positive (1: none)")
+    _check_number("max_new_tokens", max_new_tokens, int, "must be a whole number, 0 or more", lambda n: n >= 0)
     longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.bool().sum(1).max())
-    config = model.config
     if model.transformer.wpe is not None and longest + max_new_tokens - 1 > config.max_seq_len:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} go past max_seq_len "
             f"{config.max_seq_len}, where learned positions end"
         )
+
+
+def _check_numbers(
+    do_sample: bool,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    repetition_penalty: float,
+    num_return_sequences: int,
+    seed: int | None,
+) -> None:
+    if do_sample:
+        advice = "must be positive (for the likeliest token, do_sample=False)"
+        _check_number("temperature", temperature, float, advice, lambda t: 0 < t < math.inf)
+    if top_k is not None:
+        _check_number("top_k", top_k, int, "must be a whole number, at least 1 (None: no limit)", lambda k: k >= 1)
+    _check_number("top_p", top_p, float, "must be in (0, 1] (1: no limit)", lambda p: 0 < p <= 1)
+    _check_number(
+        "repetition_penalty", repetition_penalty, float, "must be positive (1: none)", lambda r: 0 < r < math.inf
+    )
+    _check_number(
+        "num_return_sequences", num_return_sequences, int, "must be a whole number, at least 1", lambda n: n >= 1
+    )
+    if num_return_sequences > 1 and not do_sample:
+        raise ValueError(
+            f"num_return_sequences is {num_return_sequences}; more than 1 needs do_sample=True, or rows would be equal"
+        )
+    if seed is not None:
+        _check_number("seed", seed, int, "must be a whole number of 64 bits", lambda n: -(2**63) <= n < 2**64)
+
+
+def _check_number(name: str, value: Any, kind: type, advice: str, fits: Callable[[Any], bool]) -> None:
+    known = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if not known or not fits(value):
+        raise ValueError(f"{name} is {value!r}; it {advice}")
 
 
 def _check_cache(ids: Tensor, mask: Tensor, use_cache: bool, cache: MptCache | None, sequences: int) -> None:
@@ -195,8 +224,12 @@ def _check_cache(ids: Tensor, mask: Tensor, use_cache: bool, cache: MptCache | N
         raise ValueError("attention_mask pads rows on the right and past_key_values is given; pad on the left")
 
 
-def _ids(given: int | Sequence[int] | None) -> list[int]:
-    return [] if given is None else [given] if isinstance(given, int) else list(given)
+def _ids(name: str, given: int | Sequence[int] | Tensor | None, vocab_size: int) -> list[int]:
+    given = given.tolist() if isinstance(given, Tensor) else given
+    ids = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    if any(not isinstance(i, Integral) or not 0 <= i < vocab_size for i in ids):
+        raise ValueError(f"{name} is {given!r}; ids must be in 0..{vocab_size - 1} (vocab_size - 1)")
+    return ids
 
 
 def _left_padded(ids: Tensor, mask: Tensor, pad: int) -> tuple[Tensor, Tensor]:
@@ -277,7 +310,8 @@ def _penalised(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def _sample(scores: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> Tensor:
-    scores = scores / temperature
+    # The likeliest is 0, so that none overflows; below the floor only ties are left to draw from.
+    scores = (scores - scores.amax(-1, keepdim=True)) / max(temperature, 1e-6)
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:

@@ -44,6 +44,24 @@ class MptForCausalLM(MptPreTrainedModel):
         """The module whose weight (V, d) makes the logits: lm_head, or wte where they are tied."""
         return self.transformer.wte if self.lm_head is None else self.lm_head
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Put another nn.Linear, weight (V, d), in lm_head's place; where they are tied, an nn.Embedding in wte's.
+        ValueError for another shape, or a bias, which lm_head never has.
+        """
+        if self.lm_head is None:
+            self.set_input_embeddings(new_embeddings)  # type: ignore[arg-type]
+            return
+        expected = tuple(self.lm_head.weight.shape)
+        if not isinstance(new_embeddings, nn.Linear) or new_embeddings.weight.shape != expected:
+            found = getattr(new_embeddings, "weight", new_embeddings)
+            raise ValueError(
+                f"new_embeddings are a {type(new_embeddings).__name__} {tuple(getattr(found, 'shape', ()))}; pass an "
+                f"nn.Linear with weight (vocab_size, d_model) = {expected}; resize_token_embeddings changes vocab_size"
+            )
+        if new_embeddings.bias is not None:
+            raise ValueError("new_embeddings have a bias, which lm_head never has; pass nn.Linear(..., bias=False)")
+        self.lm_head = new_embeddings
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -119,18 +137,22 @@ class MptForCausalLM(MptPreTrainedModel):
         self, hidden: Tensor, labels: Tensor, num_items: int | Tensor | None, context: ContextSplit | None
     ) -> Tensor:
         shape = (hidden.shape[0], hidden.shape[1] if context is None else context.length)
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+            what = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"labels are {what}; they must be a tensor of integers, ids or -100")
         if labels.shape != shape:
             raise ValueError(f"labels are {tuple(labels.shape)}; they must be (B, S) = {shape}")
-        shifted = shift_labels(labels)
+        shifted = shift_labels(labels.long())
         if context is not None:
-            num_items = (shifted != -100).sum().clamp(min=1) if num_items is None else num_items
+            num_items = (shifted != -100).sum() if num_items is None else num_items
             shifted = context.take(shifted)
         reduction = "mean" if num_items is None else "sum"
         factor = self.config.logit_factor
         loss = kernels.linear_cross_entropy(
             hidden, self._head_weight(), shifted, logit_scale=factor, reduction=reduction
         )
-        return loss if num_items is None else loss / num_items
+        # Where nothing counts, the loss is 0, not NaN.
+        return loss if num_items is None else loss / (num_items + (num_items == 0))
 
     def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
         if isinstance(keep, Tensor):

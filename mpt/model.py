@@ -35,6 +35,14 @@ FOREIGN_ARGUMENTS = {
     "trust_remote_code": "code from a checkpoint is never run; leave it out",
     "low_cpu_mem_usage": "loading never holds the weights twice; leave it out",
     "attn_implementation": "the kernels are chosen by device (MPT_KERNELS overrides); leave it out",
+    "cache_dir": "set HF_HUB_CACHE",
+    "token": "set HF_TOKEN",
+    "local_files_only": "set HF_HUB_OFFLINE=1",
+    "force_download": "the hub's files are compared by revision; leave it out",
+    "subfolder": "give the path of the folder itself",
+    "output_loading_info": "what does not fit is an error that lists it; leave it out",
+    "quantization_config": "weights are floating; pass dtype=torch.bfloat16 for half the memory",
+    "state_dict": "build the model of its configuration and call load_state_dict",
 }
 
 
@@ -79,7 +87,7 @@ class MptNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         device = x.device.type
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return self._norm(x, self.weight, self.bias, residual)
         if self.low_precision:
             out = self._norm(x, self.weight, self.bias, residual)
@@ -249,6 +257,11 @@ class MptPreTrainedModel(nn.Module):
 
     def __init__(self, config: MptConfig) -> None:
         super().__init__()
+        if not isinstance(config, MptConfig):
+            raise TypeError(
+                f"config is a {type(config).__module__}.{type(config).__name__}; pass an mpt.MptConfig "
+                "(MptConfig.from_dict takes the to_dict() of another library's)"
+            )
         config.check()
         self.config = config
 
@@ -425,10 +438,10 @@ class MptPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_name: str | Path,
+        path_or_name: str | Path | checkpoint.Source,
         *,
         config: MptConfig | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         revision: str | None = None,
         **overrides: Any,
@@ -436,9 +449,10 @@ class MptPreTrainedModel(nn.Module):
         """A model in eval mode from a checkpoint of any form; `init_device` plays no part.
 
         path_or_name: a Hugging Face folder, a Composer .pt, a training run's folder or a checkpoint in it; or a name on
-            the Hugging Face hub, of which `revision` (a branch, tag or commit) is taken.
+            the Hugging Face hub, of which `revision` (a branch, tag or commit) is taken. What
+            mpt.checkpoint.open_checkpoint gives is taken as it is.
         config: in place of the checkpoint's own.
-        dtype: of the parameters; None takes the checkpoint's.
+        dtype: of the parameters, or its name; None or "auto" takes the checkpoint's.
         device: where the parameters are made, and to which each is read.
         overrides: fields of the configuration to change, such as num_labels=3 or attn_config={"clip_qkv": 6}.
 
@@ -448,8 +462,10 @@ class MptPreTrainedModel(nn.Module):
         """
         if config is not None and overrides:
             raise ValueError(f"config and {', '.join(overrides)} are given; set the fields in config")
-        overrides = _config_fields(overrides)
-        source = checkpoint.open_checkpoint(path_or_name, revision=revision, check_hashes=True)
+        overrides, dtype = _config_fields(overrides), _floating(dtype)
+        source = path_or_name
+        if not isinstance(source, checkpoint.Source):
+            source = checkpoint.open_checkpoint(source, revision=revision, check_hashes=True)
         with torch.device("meta"):
             model = cls(config or source.config(**overrides))
         stored = checkpoint.match(model, source)  # before memory is taken for what does not fit
@@ -664,7 +680,7 @@ class MptModel(MptPreTrainedModel):
         if sequence_id is None and attn.attn_uses_sequence_id and self.training:
             raise ValueError("attn_config.attn_uses_sequence_id is True: training needs sequence_id (B, S)")
         if attention_mask is not None:
-            if attention_mask.is_floating_point() and readable(attention_mask) and attention_mask.min() < 0:
+            if attention_mask.dtype.is_signed and readable(attention_mask) and attention_mask.min() < 0:
                 raise ValueError(
                     f"attention_mask holds {float(attention_mask.min())}; it is 1 where a token is real and 0 at "
                     "padding, not what is added to the scores"
@@ -739,6 +755,16 @@ def _config_fields(overrides: dict[str, Any]) -> dict[str, Any]:
         if name in overrides:
             raise TypeError(f"from_pretrained() takes no {name!r}; {instead}")
     return overrides
+
+
+def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that is meant; None: the checkpoint's."""
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == "auto":
+        return None
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}; give float32, bfloat16 or float16, as torch.bfloat16 or its name")
+    return named
 
 
 def refuse_unknown(method: Callable[..., Any], given: dict[str, Any]) -> None:

@@ -48,15 +48,16 @@ def _convert(arguments: argparse.Namespace) -> int:
     import torch  # here, so that --help does not wait for it
 
     from mpt.checkpoint import open_checkpoint
-    from mpt.config import count_parameters
     from mpt.convert import convert, logits_difference
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     source = open_checkpoint(arguments.source, revision=arguments.revision, check_hashes=True)
-    convert(source, arguments.to, dtype=dtype, max_shard_size=arguments.max_shard_size, tokenizer=arguments.tokenizer)
-    names = f"{count_parameters(source.config()):,} parameters in {str(dtype or source.dtype).removeprefix('torch.')}"
+    count = convert(
+        source, arguments.to, dtype=dtype, max_shard_size=arguments.max_shard_size, tokenizer=arguments.tokenizer
+    )
+    what = f"{source.architecture}, {count:,} parameters in {str(dtype or source.dtype).removeprefix('torch.')}"
     files = ", ".join(sorted(source.companions)) if arguments.tokenizer is None else f"those of {arguments.tokenizer}"
-    print(f"{source.path} -> {arguments.to}: {names}; tokenizer files: {files or 'none (see --tokenizer)'}")
+    print(f"{source.path} -> {arguments.to}: {what}; tokenizer files: {files or 'none (see --tokenizer)'}")
     if arguments.no_check:
         return 0
     difference = logits_difference(source, arguments.to, dtype=dtype)

@@ -1,7 +1,7 @@
 """Evaluate a model: its loss on token shards, and lm-eval's tasks.
 
 CHECKPOINT is a Hugging Face folder, a run's folder or one of its step-N, a Composer .pt file, or a name on the hub.
-Several processes share the shards under torchrun; tasks run in one. Exit codes: 0 done, 2 bad input, 130 stopped.
+Several processes share the work under torchrun. Exit codes: 0 done, 2 bad input, 130 stopped.
 Example: python scripts/evaluate.py runs/mpt-tiny --data data/demo --batch 16
 """
 
@@ -106,14 +106,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from trainer.errors import InputError
-    from trainer.parallel import FsdpConfig, is_main, join_world, world_size
+    from trainer.parallel import FsdpConfig, is_main, join_world
 
     if is_main():
         warnings.showwarning = lambda text, *_: print(f"warning: {text}", file=sys.stderr)
     else:
         warnings.simplefilter("ignore")
-    if args.tasks is not None and world_size() > 1:
-        raise InputError(f"--tasks under torchrun with {world_size()} processes: tasks run in one; start it without")
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise InputError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
     with join_world(args.device, FsdpConfig(), timeout_s=TIMEOUT_S) as world:
@@ -141,7 +139,9 @@ def _evaluate(args: argparse.Namespace, world: "World") -> dict[str, Any]:
             data = open_shards(args.data, config, tokenizer, split=args.split, seq_len=args.seq_len)
             if tokenizer is None and world.rank == 0:
                 print(f"note: {args.checkpoint} has no tokenizer.json to compare with the shards'", file=sys.stderr)
-        model = load_model(source, world, None if args.dtype is None else getattr(torch, args.dtype))
+        dtype = None if args.dtype is None else getattr(torch, args.dtype)
+        # Of generation the processes do not take equally many steps: there each needs weights of its own.
+        model = load_model(source, world, dtype, whole=args.tasks is not None)
     except ValueError as e:
         error = e
     _agree(world, error)
@@ -149,7 +149,7 @@ def _evaluate(args: argparse.Namespace, world: "World") -> dict[str, Any]:
     if data is not None:
         results["data"] = _on_shards(args, world, model, data)
     if args.tasks is not None:
-        results["tasks"] = _on_tasks(args, model, files)
+        results["tasks"] = _on_tasks(args, world, model, files)
     return results
 
 
@@ -206,11 +206,24 @@ def _report(results: dict[str, Any]) -> str:
     return "\n".join(line for line in lines if line is not None)
 
 
-def _on_tasks(args: argparse.Namespace, model: "MptForCausalLM", files: dict[str, bytes]) -> dict[str, Any]:
+def _on_tasks(
+    args: argparse.Namespace, world: "World", model: "MptForCausalLM", files: dict[str, bytes]
+) -> dict[str, Any]:
     from trainer.harness import TextModel, run_tasks, table
 
-    text_model = TextModel(model, files, max_length=args.max_length, batch_size=args.batch)
-    results = run_tasks(text_model, args.tasks, path=args.tasks_path, num_fewshot=args.num_fewshot, limit=args.limit)
+    error: Exception | None = None
+    try:
+        text_model = TextModel(
+            model, files, max_length=args.max_length, batch_size=args.batch, quiet=world.rank != 0, world=world
+        )
+        results = run_tasks(
+            text_model, args.tasks, path=args.tasks_path, num_fewshot=args.num_fewshot, limit=args.limit
+        )
+    except ValueError as e:
+        error = e
+    _agree(world, error)
+    if world.rank != 0:
+        return {}
     print(table(results), flush=True)
     return {name: results[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in results}
 
@@ -225,7 +238,7 @@ def _out_of_memory(error: RuntimeError, args: argparse.Namespace) -> Exception:
         return error
     advice = [] if args.batch == 1 else [f"--batch {args.batch // 2}" if args.batch else "--batch 1"]
     advice += ["--dtype bfloat16"] if args.dtype is None else []
-    advice += ["a shorter --seq-len" if args.data else "a shorter --max-length", "several processes under torchrun"]
+    advice += ["a shorter --max-length"] if args.tasks else ["a shorter --seq-len", "several processes under torchrun"]
     return InputError(f"out of memory ({str(error).splitlines()[0]}); what would help: {'; '.join(advice)}")
 
 

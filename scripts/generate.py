@@ -1,13 +1,14 @@
 """Continue prompts with a model, or chat with it, printing the text as it comes.
 
-CHECKPOINT is a Hugging Face folder: config.json, weights, tokenizer.json. Without --prompt the prompt is read from
-standard input. Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
+CHECKPOINT is a Hugging Face folder, a run's folder or one of its step-N, a Composer .pt file, or a name on the hub.
+Without --prompt the prompt is read from standard input. Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 Example: python scripts/generate.py runs/mpt-tiny/export --prompt "def main(" --temperature 0.8 --seed 1
 """
 
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,7 @@ class Unusable(Exception):
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a Hugging Face folder, e.g. a run's export/"
-    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint, or a name on the hub")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or several; - is standard input"
@@ -53,6 +52,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="drawn for each prompt")
     parser.add_argument("--seed", type=int, help="of the draws (default: another one each time)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="file, folder or hub name (default: the checkpoint's)")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub (default: its main branch)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: theirs)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument("--no-cache", action="store_true", help="compute every step from all tokens again")
@@ -68,14 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    warnings.showwarning = lambda text, *_: print(f"warning: {text}", file=sys.stderr)
     try:
-        from trainer.errors import InputError
-
-        try:
-            return _run(args)
-        except (Unusable, InputError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        return _run(args)
+    except (Unusable, ValueError) as error:  # InputError is one
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
@@ -98,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts, from the command line or standard input, in the template if --instruct asks for it."""
+    """The prompts, from the command line or standard input."""
     if args.prompt is None and sys.stdin.isatty():
         raise Unusable("no prompt; give --prompt TEXT, --chat, or the prompt on standard input")
     given = args.prompt or ["-"]
@@ -109,40 +108,29 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         if not text.strip() if args.instruct else not text:
             where = "standard input" if given[i] == "-" else f"--prompt number {i + 1}"
             raise Unusable(f"the prompt is empty ({where}); give a text to go on from")
-    if not args.instruct:
-        return prompts
-    from trainer.data.templates import INSTRUCT
-
-    return [INSTRUCT.format(instruction=text.strip("\n")) for text in prompts]
+    return prompts
 
 
 def load(args: argparse.Namespace) -> tuple["MptForCausalLM", "Tokenizer"]:
-    """The model and its tokenizer."""
+    """The model and its tokenizer, and into args.eos_token_id what ends a text, where it is not given."""
     import torch
 
     from mpt import MptForCausalLM
-    from trainer.data.tokenizer import find_tokenizer, open_tokenizer
+    from mpt.checkpoint import open_checkpoint
+    from trainer.data.tokenizer import model_ends, model_tokenizer
+    from trainer.evaluate import tokenizer_files
 
-    folder = args.checkpoint
-    if not folder.is_dir():
-        kind = "is a file" if folder.exists() else "does not exist"
-        raise Unusable(f"{folder} {kind}; give a Hugging Face folder: config.json, weights, tokenizer.json")
-    if not (folder / "config.json").is_file():
-        export = folder / "export"
-        hint = f"; give {export}" if export.is_dir() else "; give a folder that a model was saved to"
-        raise Unusable(f"{folder} has no config.json{hint}")
-    tokenizer = open_tokenizer(find_tokenizer(folder))
+    source = open_checkpoint(args.checkpoint, revision=args.revision, check_hashes=True)
+    config, files = source.config(), tokenizer_files(source, args.tokenizer)
+    tokenizer = model_tokenizer(files, config.vocab_size)
+    if args.eos_token_id is None:
+        args.eos_token_id = model_ends(config.eos_token_id, source.companions | files, tokenizer)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     try:
-        model = MptForCausalLM.from_pretrained(folder, dtype=dtype, device=device)
+        model = MptForCausalLM.from_pretrained(source, dtype=dtype, device=device)
     except (RuntimeError, AssertionError) as error:  # a device that does not exist, or has no room
-        raise Unusable(f"{folder} on {device}: {str(error).splitlines()[0]}") from None
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise Unusable(
-            f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}; "
-            "they do not belong together"
-        )
+        raise Unusable(f"{args.checkpoint} on {device}: {str(error).splitlines()[0]}") from None
     return model, tokenizer
 
 
@@ -166,17 +154,28 @@ def options(args: argparse.Namespace, model: "MptForCausalLM", prompt: int) -> d
     }
 
 
+def encode(tokenizer: "Tokenizer", prompt: str, *, instruct: bool) -> list[int]:
+    """Ids of a prompt; in the template, as in training, special tokens that it spells out are text."""
+    if not instruct:
+        return list(tokenizer.encode(prompt).ids)
+    from trainer.data.examples import SegmentEncoder
+    from trainer.data.templates import INSTRUCT, Segment
+
+    text = INSTRUCT.format(instruction=prompt.strip("\n"))
+    return SegmentEncoder(tokenizer).encode([[Segment((text,), trained=False)]])[0][0]
+
+
 def complete(model: "MptForCausalLM", tokenizer: "Tokenizer", prompt: str, args: argparse.Namespace) -> None:
     """Print what follows one prompt: as it comes, or, of several sequences, one after the other."""
     import torch
 
-    ids = tokenizer.encode(prompt).ids
+    ids = encode(tokenizer, prompt, instruct=args.instruct)
     if not ids:
         raise Unusable(f"the prompt {prompt!r} has no tokens; give a text to go on from")
     several = args.num_return_sequences > 1
     printer = Printer(tokenizer, args.stop)
     out = model.generate(
-        torch.tensor([ids], device=model.get_input_embeddings().weight.device),
+        torch.tensor([ids], device=model.device),
         **options(args, model, len(ids)),
         stop_strings=args.stop,
         tokenizer=tokenizer,
@@ -232,36 +231,52 @@ class Printer:
 
 
 class Chat:
-    """A conversation in ChatML. Its ids, and the cache of all but the newest, stay from turn to turn."""
+    """A conversation in ChatML. Its ids, and the cache of all but the newest, stay from turn to turn.
+
+    It is encoded as in training: what a message spells out of ChatML or of special tokens is text.
+    """
 
     def __init__(self, model: "MptForCausalLM", tokenizer: "Tokenizer", args: argparse.Namespace) -> None:
         from mpt import MptCache
+        from trainer.data.examples import SegmentEncoder
         from trainer.data.templates import IM_END, message
 
-        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.model, self.encoder, self.tokenizer, self.args = model, SegmentEncoder(tokenizer), tokenizer, args
         self.cache, self.ids = MptCache(), []  # type: tuple[MptCache, list[int]]
-        self._end = IM_END.text
-        end = tokenizer.token_to_id(self._end)
-        configured = model.config.eos_token_id if args.eos_token_id is None else args.eos_token_id
-        ends = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
-        self.ends = ends if end is None else [*ends, end]
-        self.stops = [*args.stop, *([self._end] if end is None else [])]
-        if args.system is not None:
-            self._add(*message("system", args.system))
+        self.end = self.encoder.marker_id(IM_END)
+        self.ends = [*(args.eos_token_id or []), *([] if self.end is None else [self.end])]
+        self.stops = [*args.stop, *([IM_END.text] if self.end is None else [])]
+        # Of the conversation, what is not encoded yet: with the next message, as in training.
+        self.pending: tuple[str | Marker, ...] = () if args.system is None else message("system", args.system)
 
     def talk(self) -> None:
         """Answers messages, one per line, until the input ends or a line is empty. Ctrl-C ends an answer."""
-        from trainer.data.templates import header, message
-
         while said := self._listen():
-            self._add(*message("user", said), *header("assistant"))
+            self.ask(said)
             printer = Printer(self.tokenizer, self.stops)
             try:
                 self._answer(printer)
             except KeyboardInterrupt:
                 printer.end()
-            self.ids += printer.ids
-            self._close(printer.ids)
+            self.close(printer.ids)
+
+    def ask(self, said: str) -> None:
+        """Adds a message of the user's and the beginning of its answer."""
+        from trainer.data.templates import Segment, header, message
+
+        segment = Segment((*self.pending, *message("user", said), *header("assistant")), trained=False)
+        self.ids += self.encoder.encode([[segment]])[0][0]
+
+    def close(self, answer: list[int]) -> None:
+        """Adds an answer; however it ended, its message ends as ChatML has it."""
+        from trainer.data.templates import IM_END
+
+        self.ids += answer
+        if self.end is None:
+            ended = self.encoder.decode(answer).endswith(IM_END.text)
+        else:
+            ended = answer[-1:] == [self.end]
+        self.pending = ("\n",) if ended else (IM_END, "\n")
 
     def _listen(self) -> str:
         try:
@@ -274,24 +289,13 @@ class Chat:
 
         kwargs = options(self.args, self.model, len(self.ids)) | {"eos_token_id": self.ends}
         self.model.generate(
-            torch.tensor([self.ids], device=self.model.get_input_embeddings().weight.device),
+            torch.tensor([self.ids], device=self.model.device),
             **kwargs,
             stop_strings=self.stops,
             tokenizer=self.tokenizer,
             streamer=printer,
             past_key_values=self.cache,
         )
-
-    def _close(self, answer: list[int]) -> None:
-        """Ends the assistant's message as ChatML does, however it ended."""
-        said = self.tokenizer.decode(answer, skip_special_tokens=False)
-        self._add("\n" if said.endswith(self._end) else f"{self._end}\n")
-
-    def _add(self, *parts: "str | Marker") -> None:
-        from trainer.data.templates import Segment
-
-        text = Segment(parts, trained=False).text
-        self.ids += self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _short(text: str) -> str:

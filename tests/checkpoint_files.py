@@ -162,7 +162,13 @@ def write_hub_folder(
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index, indent=2))
 
 
-def write_composer(folder: Path, trained: MptForCausalLM, config: dict[str, Any] = HUB_CONFIG, **state: Any) -> Path:
+def write_composer(
+    folder: Path,
+    trained: MptForCausalLM,
+    config: dict[str, Any] = HUB_CONFIG,
+    kind: str = "llmfoundry.models.mpt.modeling_mpt.MPTForCausalLM",
+    **state: Any,
+) -> Path:
     """A training's state in `folder`/ep0-ba4-rank0.pt, with a link latest-rank0.pt to it; returns the file.
 
     Beside the model there is what Composer keeps: the optimizer by parameter names, time stamps, metrics that are
@@ -189,10 +195,11 @@ def write_composer(folder: Path, trained: MptForCausalLM, config: dict[str, Any]
                     "run_name": "llm",
                     "integrations": {
                         "huggingface": {
-                            "model": {"config": {"file_extension": ".json", "content": config, "class": "MPTConfig"}},
+                            "model": {"config": {"file_extension": ".json", "content": config, "class": kind}},
                             "tokenizer": {
                                 "tokenizer": {"file_extension": ".json", "content": TOKENIZER},
-                                "merges": {"file_extension": ".txt", "content": ["a b", "c d"]},
+                                "merges.txt": {"file_extension": ".txt", "content": ["a b", "c d"]},  # newer form
+                                "chat_template.jinja": {"file_extension": ".jinja", "content": "{{ messages }}"},
                                 "evil": {"file_extension": ".py", "content": ["raise SystemExit"]},
                                 "../config": {"file_extension": ".json", "content": {}},
                                 "config": {"file_extension": ".json", "content": {}},

@@ -204,6 +204,42 @@ def test_saving_again_replaces_only_a_model(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+def test_saving_keeps_what_else_a_folder_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that was saved before its model, notes, folders, links; shards of an older save are replaced. A save
+    with a tokenizer of its own leaves none of another's.
+    """
+    folder, ours = tmp_path / "a", model()
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    ours.save_pretrained(folder, max_shard_size=1)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "thesis.txt").write_text("years of work")
+    (folder / "link").symlink_to("notes/thesis.txt")
+    for step in range(2):
+        if step == 1:  # a disk without links
+
+            def refuse(*_: object, **__: object) -> None:
+                raise OSError
+
+            monkeypatch.setattr("os.link", refuse)
+        ours.save_pretrained(folder)
+        names = {"config.json", "model.safetensors", "tokenizer.json", "notes", "link"}
+        assert {f.name for f in folder.iterdir()} == names and (folder / "link").is_symlink()
+        assert (folder / "link").read_text() == (folder / "notes" / "thesis.txt").read_text() == "years of work"
+    save_hf(ours.named_parameters(), ours.config, folder, companions={"merges.txt": b""})
+    assert not (folder / "tokenizer.json").exists() and (folder / "merges.txt").exists()
+    assert (folder / "notes" / "thesis.txt").exists() and not (tmp_path / "a.old").exists()
+
+
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "", tmp_path.parent, "a/.."):
+        with pytest.raises(ValueError, match="the current folder, and would be replaced"):
+            model().save_pretrained(place)
+    model().save_pretrained("a")
+    assert (tmp_path / "a" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", ["a.tmp", "a.old"])
 def test_saving_deletes_nothing_but_exports(tmp_path: Path, name: str) -> None:
     ours = model()
@@ -231,6 +267,8 @@ def test_a_save_goes_on_after_one_that_was_cut_off(tmp_path: Path) -> None:
 
 def test_save_errors(tmp_path: Path) -> None:
     ours = model()
+    with pytest.raises(ValueError, match=r"wte\.weight is on the meta device and has no values"):
+        model().to("meta").save_pretrained(tmp_path / "meta")
     named = list(ours.named_parameters())
     for given, message in (
         (named[1:], r"1 parameters were not given, the first of them transformer\.wte\.weight"),
@@ -286,7 +324,7 @@ def test_a_config_that_is_none(tmp_path: Path, content: str | None) -> None:
         (tmp_path / "config.json").mkdir()
     else:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json (is not JSON|cannot be read)"):
+    with pytest.raises(ValueError, match=r"config\.json (is damaged: its JSON|cannot be read)"):
         MptConfig.from_pretrained(tmp_path)
 
 
@@ -306,6 +344,10 @@ def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds neither"):
         MptForCausalLM.from_pretrained(tmp_path)
     write_hub_folder(tmp_path / "hub", published().state_dict(), "bin")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "pytorch_model.bin").symlink_to("../../blobs/1")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin leads to a file that is not there; copy the files"):
+        MptForCausalLM.from_pretrained(tmp_path / "cache")
     (tmp_path / "hub" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"hub has no configuration; put the model's config\.json into it"):
         MptForCausalLM.from_pretrained(tmp_path / "hub")

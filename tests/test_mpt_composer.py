@@ -20,7 +20,8 @@ def test_composer(tmp_path: Path, given: str) -> None:
     assert same(loaded, trained) and loaded.config == trained.config
     companions = open_checkpoint(tmp_path / given).companions
     assert json.loads(companions.pop("tokenizer.json")) == TOKENIZER
-    assert companions == {"merges.txt": b"a b\nc d"}  # neither code nor a config.json of someone's making
+    # Neither code nor a config.json of someone's making.
+    assert companions == {"merges.txt": b"a b\nc d", "chat_template.jinja": b"{{ messages }}"}
 
 
 def test_composer_without_a_configuration(tmp_path: Path) -> None:
@@ -48,6 +49,32 @@ def test_composer_means_llm_foundrys_defaults(tmp_path: Path) -> None:
         UserWarning, match=r"rank0\.pt describes another model: attn_config\.alibi False there, True here"
     ):
         load_weights(published(), path)
+
+
+def test_a_configuration_of_transformers_means_its_defaults(tmp_path: Path) -> None:
+    """Composer stores what a configuration has otherwise than its class: of transformers' MPT, ALiBi and no biases."""
+    config = {key: HUB_CONFIG[key] for key in ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len")}
+    trained = MptForCausalLM(MptConfig(**config))
+    path = write_composer(
+        tmp_path, trained, config | {"model_type": "mpt"}, "transformers.models.mpt.modeling_mpt.MptForCausalLM"
+    )
+    loaded = MptForCausalLM.from_pretrained(path)
+    assert same(loaded, trained) and loaded.config == trained.config
+
+
+def test_what_composer_needs_to_open_it(tmp_path: Path) -> None:
+    """Its loader imports the class by name, and asks for the tokenizer's settings, by the whole names of files."""
+    trained = published()
+    tensors = [(name, p.detach) for name, p in trained.named_parameters()]
+    forms = {name: (tuple(p.shape), p.dtype) for name, p in trained.named_parameters()}
+    files = {"tokenizer.json": b"{}", "merges.txt": b"a b\nc d", "chat_template.jinja": b"{{ messages }}"}
+    save_composer(tensors, forms, trained.config, tmp_path / "a.pt", companions=files)
+    held = torch.load(tmp_path / "a.pt", weights_only=True)["state"]["integrations"]["huggingface"]
+    module, name = held["model"]["config"]["class"].rsplit(".", 1)
+    assert getattr(pytest.importorskip(module), name).config_class.model_type == "mpt"
+    assert held["tokenizer"].keys() == {*files, "tokenizer_config.json"}
+    companions = open_checkpoint(tmp_path / "a.pt").companions
+    assert companions.pop("tokenizer_config.json") and companions == files
 
 
 def test_a_run_under_ddp(tmp_path: Path) -> None:

@@ -323,7 +323,7 @@ def test_from_pretrained_errors(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         MptConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="its JSON does not parse"):
         MptConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match=r"config\.json: model_type is 'gpt2'"):
@@ -366,3 +366,10 @@ def test_importing_mpt_queries_no_device_and_no_transformers() -> None:
     code = "import sys, torch, mpt; assert 'transformers' not in sys.modules; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True, env=None)
     assert torch.get_default_device().type == "cpu"
+
+
+def test_the_model_type() -> None:
+    config = MptConfig(model_type="mpt")
+    assert config.model_type == MptConfig.model_type == config.to_dict()["model_type"] == "mpt"
+    with pytest.raises(AttributeError, match="no field 'model_type'"):
+        config.model_type = "llama"

@@ -164,11 +164,11 @@ def test_a_cache_changes_no_token(attn: dict, monkeypatch: pytest.MonkeyPatch) -
     ids, mask = torch.randint(1, 97, (3, 23)), torch.ones(3, 23, dtype=torch.long)
     mask[0, :11], mask[1, 15:], mask[2, :1], mask[2, 20:] = 0, 0, 0, 0
     draws = {"do_sample": True, "seed": 3, "num_return_sequences": 2}
-    for piece in (2048, 9, 3):
-        monkeypatch.setattr(generation, "PREFILL", piece)
-        for flags in ({}, {"repetition_penalty": 1.4}, draws):
-            kwargs = {"max_new_tokens": 20, **flags}
-            assert torch.equal(ours.generate(ids, mask, **kwargs), ours.generate(ids, mask, use_cache=False, **kwargs))
+    for flags in ({}, {"repetition_penalty": 1.4}, draws):
+        without = ours.generate(ids, mask, max_new_tokens=10, use_cache=False, **flags)
+        for piece in (2048, 9, 3):
+            monkeypatch.setattr(generation, "PREFILL", piece)
+            assert torch.equal(ours.generate(ids, mask, max_new_tokens=10, **flags), without)
 
 
 def test_what_the_model_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,9 +247,24 @@ REFUSED = [
     ({"attention_mask": torch.tensor([[1] * 5, [0] * 5])}, "no real token in row 1"),
     ({"max_new_tokens": -1}, "max_new_tokens is -1"),
     ({"do_sample": True, "temperature": 0}, "temperature is 0"),
+    ({"do_sample": True, "temperature": float("nan")}, "temperature is nan"),
+    ({"do_sample": True, "temperature": None}, "temperature is None"),
     ({"top_k": 0}, "top_k is 0"),
+    ({"top_k": 5.0}, r"top_k is 5\.0; it must be a whole number"),
     ({"top_p": 1.5}, r"top_p is 1\.5"),
+    ({"top_p": 0}, "top_p is 0"),
     ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+    ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"),
+    ({"num_return_sequences": 0}, "num_return_sequences is 0; it must be a whole number"),
+    ({"seed": 2**64}, "seed is 18446744073709551616; it must be a whole number of 64 bits"),
+    ({"max_new_tokens": "3"}, "max_new_tokens is '3'"),
+    ({"eos_token_id": [3, 97]}, r"eos_token_id is \[3, 97\]; ids must be in 0\.\.96"),
+    ({"eos_token_id": "3"}, "eos_token_id is '3'"),
+    ({"pad_token_id": -1}, "pad_token_id is -1"),
+    ({"stop_strings": ["a", ""], "tokenizer": "any"}, r"stop_strings are \['a', ''\]; each must be a text"),
+    ({"input_ids": [[1, 2]]}, "input_ids is a list; it must be a tensor"),
+    ({"attention_mask": [[1] * 5] * 2}, "attention_mask is a list; it must be a tensor"),
+    ({"input_ids": IDS + 90, "repetition_penalty": 2.0}, r"input_ids hold 99; ids must be in 0\.\.96"),
     ({"num_return_sequences": 2, "max_new_tokens": 3}, "num_return_sequences is 2; more than 1 needs do_sample=True"),
     ({"max_new_tokens": 37}, "a prompt of 5 tokens and max_new_tokens 37 go past max_seq_len 40"),
 ]
@@ -258,7 +273,24 @@ REFUSED = [
 @pytest.mark.parametrize(("kwargs", "message"), REFUSED, ids=[m for _, m in REFUSED])
 def test_refuses(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        model({"alibi": False}).generate(**({"input_ids": IDS} | kwargs))
+        model({"alibi": False}).generate(**({"input_ids": IDS, "max_new_tokens": 3} | kwargs))
+
+
+def test_logits_that_are_not_finite() -> None:
+    broken = model()
+    broken.transformer.norm_f.weight.data[3] = torch.nan
+    for draw in (True, False):
+        with pytest.raises(
+            ValueError, match=r"logits are not finite: its weights are damaged, or overflow in torch.fl"
+        ):
+            broken.generate(IDS, max_new_tokens=3, do_sample=draw)
+
+
+def test_a_temperature_near_zero_is_greedy() -> None:
+    ours = model()
+    for temperature in (1e-3, 1e-20, 1e-45):
+        drawn = ours.generate(IDS, max_new_tokens=4, do_sample=True, temperature=temperature)
+        assert torch.equal(drawn, ours.generate(IDS, max_new_tokens=4))
 
 
 def test_learned_positions_run_to_their_end() -> None:

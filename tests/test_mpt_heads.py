@@ -342,6 +342,10 @@ def test_heads_of_other_classes(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(MptModel.from_pretrained(tmp_path), model.transformer)
+    with pytest.raises(
+        ValueError, match=r"is a classifier's: it has classifier\.bias and .* set that to True, or load"
+    ):
+        MptForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"classifier\.weight expected \(3, 64\), found \(2, 64\)"):
         MptForTokenClassification.from_pretrained(tmp_path, num_labels=3)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -386,12 +390,17 @@ def test_from_pretrained_takes_fields_and_configurations(tmp_path: Path) -> None
     assert (model.config.attn_config.clip_qkv, model.config.attn_config.softmax_scale) == (6, 0.3)
     assert take(tmp_path, num_labels=3).config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert take(tmp_path, config=config).config is config
+    assert (
+        take(tmp_path, dtype="bfloat16").dtype == torch.bfloat16 and take(tmp_path, dtype="auto").dtype == torch.float32
+    )
     for wrong, error, message in (
         ({"num_label": 3}, ValueError, "unknown key num_label .*did you mean 'num_labels'"),
         ({"config": config, "num_labels": 3}, ValueError, "config and num_labels are given"),
         ({"torch_dtype": torch.float16}, TypeError, "no 'torch_dtype'; its name is dtype"),
         ({"device_map": "auto"}, TypeError, "no 'device_map'; pass device"),
         ({"trust_remote_code": True}, TypeError, "code from a checkpoint is never run"),
+        ({"local_files_only": True}, TypeError, "no 'local_files_only'; set HF_HUB_OFFLINE=1"),
+        ({"dtype": "int8"}, ValueError, "dtype is 'int8'; give float32, bfloat16 or float16"),
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, ValueError, "num_labels is 3 and id2label names 2"),
     ):
         with pytest.raises(error, match=message):

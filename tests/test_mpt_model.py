@@ -111,9 +111,12 @@ def test_loss_counts() -> None:
     mean = model(ids, labels=labels).loss
     for items in (10, torch.tensor(10)):
         assert relative(model(ids, labels=labels, num_items_in_batch=items).loss, mean * counted / 10) < 1e-5
-    nothing = model(ids, labels=torch.full_like(ids, -100)).loss
-    nothing.backward()
-    assert nothing.item() == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    assert model(ids, labels=labels.int()).loss == mean
+    for items in (None, 0, torch.tensor(0)):
+        model.zero_grad()
+        nothing = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=items).loss
+        nothing.backward()
+        assert nothing.item() == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("norm_type", ["low_precision_layernorm", "layernorm", "low_precision_rmsnorm", "rmsnorm"])
@@ -207,6 +210,16 @@ def test_size_and_place() -> None:
     assert ours.base_model is ours.transformer and ours.base_model.base_model is ours.base_model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_without_memory_gives_shapes(dtype: torch.dtype) -> None:
+    model = MptForCausalLM(MptConfig(**SHAPE, init_device="meta")).to(dtype)
+    ids = torch.zeros(2, S, dtype=torch.long, device="meta")
+    out = model.eval()(ids, attention_mask=torch.ones_like(ids), labels=ids)
+    assert (out.logits.shape, out.logits.dtype, out.loss.shape) == ((2, S, 97), dtype, ())
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("mean", [True, False])
 def test_resize_token_embeddings(tie: bool, mean: bool) -> None:
@@ -268,6 +281,31 @@ def test_other_input_embeddings() -> None:
         with pytest.raises(ValueError, match=message):
             model.set_input_embeddings(wrong)
     assert MptModel(MptConfig(**SHAPE)).get_output_embeddings() is None
+
+
+def test_another_head() -> None:
+    ids, other = torch.randint(0, 97, (2, S)), torch.nn.Linear(64, 97, bias=False)
+    model = MptForCausalLM(MptConfig(**SHAPE, tie_word_embeddings=False)).eval()
+    model.set_output_embeddings(other)
+    assert model.get_output_embeddings() is other is model.lm_head
+    out = model(ids, output_hidden_states=True)
+    assert relative(out.logits, out.hidden_states[-1] @ other.weight.T) < 1e-5
+    for wrong, message in (
+        (torch.nn.Linear(64, 98, bias=False), r"are a Linear \(98, 64\); pass an nn\.Linear with .* = \(97, 64\)"),
+        (torch.zeros(97, 64), r"are a Tensor \(97, 64\); pass an nn\.Linear"),
+        (torch.nn.Linear(64, 97), "have a bias"),
+    ):
+        with pytest.raises(ValueError, match=f"new_embeddings {message}"):
+            model.set_output_embeddings(wrong)
+    tied, embedding = MptForCausalLM(MptConfig(**SHAPE)), torch.nn.Embedding(97, 64)
+    tied.set_output_embeddings(embedding)
+    assert tied.get_input_embeddings() is embedding is tied.get_output_embeddings()
+
+
+@pytest.mark.parametrize("config", [{"d_model": 64}, "path", TheirConfig(d_model=64, n_heads=4, n_layers=1)])
+def test_a_configuration_of_another_kind(config: object) -> None:
+    with pytest.raises(TypeError, match=r"config is a \w+\..*pass an mpt\.MptConfig"):
+        MptModel(config)
 
 
 def test_blocks_compile_whole() -> None:
@@ -363,7 +401,10 @@ REFUSED = [
     ({}, {"attention_mask": torch.ones(2, 1, 5, 5)}, "attention_mask is"),
     ({}, {"attention_mask": torch.full((2, 5), -1e9)}, r"attention_mask holds -1000000000\.0; it is 1 where"),
     ({}, {"attention_mask": [[1] * 5] * 2}, "attention_mask is a list; it must be a tensor"),
+    ({}, {"attention_mask": torch.ones(2, 5, dtype=torch.long) - 2}, r"attention_mask holds -1\.0; it is 1 where"),
     ({}, {"labels": IDS[:, 1:]}, r"labels are \(2, 4\)"),
+    ({}, {"labels": IDS.float()}, "labels are torch.float32; they must be a tensor of integers"),
+    ({}, {"labels": [[1] * 5] * 2}, "labels are list; they must be a tensor of integers"),
     ({}, {"prefix_mask": torch.ones(2, 5)}, "takes no prefix_mask"),
     ({"prefix_lm": True}, {}, "needs prefix_mask"),
     ({"attn_uses_sequence_id": True}, {}, "training needs sequence_id"),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from checkpoint_files import (
     HUB_CONFIG,
     IDS,
@@ -25,7 +26,13 @@ from test_mpt_step_folder import save as save_run
 from transformers import AutoModelForCausalLM
 
 import mpt.convert
-from mpt import MptForCausalLM
+from mpt import (
+    MptConfig,
+    MptForCausalLM,
+    MptForQuestionAnswering,
+    MptForSequenceClassification,
+    MptForTokenClassification,
+)
 from scripts.convert_checkpoint import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -82,6 +89,25 @@ def test_to_a_folder_and_to_composer_and_back(tmp_path: Path, kind: str, capsys:
     assert same(MptForCausalLM.from_pretrained(tmp_path / "again"), wanted)
     if kind != "run":
         assert json.loads((tmp_path / "again" / "tokenizer.json").read_text()) == TOKENIZER
+
+
+@pytest.mark.parametrize("cls", [MptForSequenceClassification, MptForTokenClassification, MptForQuestionAnswering])
+def test_classifiers(tmp_path: Path, cls: type, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a folder to a folder, of their class; transformers' gives the same logits."""
+    config = MptConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=97, num_labels=3, pad_token_id=0)
+    trained = cls(config).eval()
+    write_hub_folder(tmp_path / "from", trained.state_dict(), "bin", config.to_dict())
+    assert main([str(tmp_path / "from"), str(tmp_path / "to"), "--dtype", "bfloat16"]) == 0
+    count = trained.num_parameters()
+    assert f"{cls.__name__}, {count:,} parameters in bfloat16" in (said := capsys.readouterr().out)
+    assert "differ by 0.0e+00" in said
+    assert json.loads((tmp_path / "to" / "config.json").read_text())["architectures"] == [cls.__name__]
+    assert same(cls.from_pretrained(tmp_path / "to"), trained.bfloat16())
+    theirs = getattr(transformers, cls.__name__).from_pretrained(tmp_path / "to", dtype=torch.float32)
+    (ours, *_), (other, *_) = trained.float()(IDS, return_dict=False), theirs.eval()(IDS, return_dict=False)
+    assert float((ours - other).abs().max() / ours.abs().max()) < 1e-5
+    assert main([str(tmp_path / "from"), str(tmp_path / "a.pt")]) == 2
+    assert f"is of {cls.__name__}, and a Composer file holds a language model; give" in capsys.readouterr().err
 
 
 def test_another_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,18 +46,22 @@ def results(path: Path, *argv: object) -> dict[str, Any]:
     return found
 
 
-def test_two_processes_as_one(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    """15 sequences, 4 at a time: in the last round a row of the second process repeats one and does not count."""
-    command = [checkpoint, "--data", data, "--batch", "4", "--device", "cpu", "--json", tmp_path / "two.json"]
+def two_processes(*argv: object) -> list[subprocess.Popen[str]]:
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    workers = [
+    return [
         subprocess.Popen(
-            [sys.executable, "scripts/evaluate.py", *map(str, command)],
+            [sys.executable, "scripts/evaluate.py", *map(str, argv)],
             env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
+
+
+def test_two_processes_as_one(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """15 sequences, 4 at a time: in the last round a row of the second process repeats one and does not count."""
+    command = [checkpoint, "--data", data, "--batch", "4", "--device", "cpu", "--json", tmp_path / "two.json"]
+    workers = two_processes(*command)
     one = results(tmp_path / "one.json", checkpoint, "--data", data, "--batch", 3)["data"]
     said = [worker.communicate(timeout=240) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
@@ -116,6 +120,25 @@ def test_tasks(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "own_choice" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_on_two_processes(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """Each does a part of the requests, of every kind; the results are those of one, beside the loss on shards."""
+    pytest.importorskip("lm_eval")
+    folder = write_tasks(tmp_path, ["", "", ""])
+    command = [checkpoint, "--data", data, "--tasks", "own_*", "--tasks-path", folder, "--max-length", 40, "--batch", 1]
+    workers = two_processes(*command, "--device", "cpu", "--json", tmp_path / "two.json")
+    one = results(tmp_path / "one.json", *command)
+    said = [worker.communicate(timeout=240) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["data"]["loss"] == pytest.approx(one["data"]["loss"], rel=1e-6)
+    assert set(two["tasks"]["results"]) == {"own_choice", "own_text", "own_say"}
+    for task, metrics in one["tasks"]["results"].items():
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        assert numbers and {name: two["tasks"]["results"][task][name] for name in numbers} == pytest.approx(numbers)
+    assert "own_say" in said[0][0] and said[1][0] == ""
+
+
 def test_refused(checkpoint: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*argv: object) -> str:
         assert evaluate.main([*map(str, argv), "--device", "cpu"]) == 2
@@ -131,8 +154,6 @@ def test_refused(checkpoint: Path, data: Path, tmp_path: Path, capsys: Any, monk
     assert "holds token id 310, vocab_size is 310" in refused(checkpoint, "--data", other)
     assert "there is no folder" in refused(checkpoint, "--data", data, "--json", tmp_path / "no" / "x.json")
     assert f"--json {tmp_path} cannot be written" in refused(checkpoint, "--data", data, "--json", tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--tasks under torchrun with 2 processes: tasks run in one" in refused(checkpoint, "--tasks", "x")
 
     for argv, told in (
         (["x"], "nothing to evaluate on"),

@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,6 +166,28 @@ def test_continuations(files: dict[str, bytes]) -> None:
         plain.continuations([("a", {})])
 
 
+def test_processes_share_the_work(files: dict[str, bytes]) -> None:
+    """Every batch is one rank's, and all ranks' results together are those of one process."""
+    model = build()
+    pairs = [("a small", " text"), ("to", " learn"), ("and", " a"), ("", "x"), ("this", "")]
+    prompts = [
+        ("a small", {"until": ["q"], "max_gen_toks": 3}),
+        ("to learn", {"max_gen_toks": 3}),
+        ("and", {"max_gen_toks": 2}),
+    ]
+    alone = TextModel(model, files, batch_size=1, max_length=300, quiet=True)
+    expected = [alone.loglikelihoods(pairs), alone.continuations(prompts)]
+    found: dict[int, list[dict[int, Any]]] = {0: [], 1: []}
+    for rank in range(2):
+        world = SimpleNamespace(rank=rank, size=2, gather=lambda part, rank=rank: found[rank].append(part) or [part])
+        text_model = TextModel(model, files, batch_size=1, max_length=300, quiet=True, world=world)
+        text_model.loglikelihoods(pairs), text_model.continuations(prompts)
+    for first, second, whole in zip(found[0], found[1], expected):
+        assert first and second and not first.keys() & second.keys()
+        joined = first | second
+        assert [joined.get(i, (0.0, True)) for i in range(len(whole))] == whole
+
+
 def test_generation_options() -> None:
     greedy = {"max_new_tokens": 256, "stop_strings": [], "do_sample": False}
     assert generation_options({}) == greedy
@@ -181,23 +204,27 @@ def test_generation_options() -> None:
 
 
 def test_the_end_token(files: dict[str, bytes]) -> None:
-    """The configuration's, else that of the tokenizer's settings, else the usual one."""
+    """The configuration's, else that for generation, else that of the tokenizer's settings, else the usual one."""
     model = build()
 
-    def ends(**settings: Any) -> list[int]:
+    def ends(generation: Any = None, **settings: Any) -> list[int]:
         given = {"tokenizer_config.json": json.dumps(settings).encode()}
+        given["generation_config.json"] = json.dumps({"eos_token_id": generation}).encode()
         return TextModel(model, files | given, quiet=True).ends
 
     letter = Tokenizer.from_buffer(files["tokenizer.json"]).token_to_id("e")
     assert ends() == [0]
     assert ends(eos_token="e") == ends(eos_token={"content": "e"}) == [letter]
+    assert ends([7, 8], eos_token="e") == [7, 8] and ends(7) == [7]
+    with pytest.raises(InputError, match=r"generation_config.json: eos_token_id is 'e'; it must be an id or a list"):
+        ends("e")
     model.config.eos_token_id = [4, 5]
-    assert ends(eos_token="e") == [4, 5]
+    assert ends([7, 8], eos_token="e") == [4, 5]
 
 
 def test_refused(files: dict[str, bytes]) -> None:
     model = build("learned")
-    with pytest.raises(InputError, match=r"no tokenizer.json, and tasks are texts; name a tokenizer with --tokenizer"):
+    with pytest.raises(InputError, match=r"no tokenizer.json; name a tokenizer with --tokenizer"):
         TextModel(model, {})
     with pytest.raises(InputError, match=r"tokenizer.json: the tokenizers library cannot read it"):
         TextModel(model, {"tokenizer.json": b"{}"})

@@ -2,9 +2,11 @@
 
 import huggingface_hub
 import pytest
+import torch
 
-from mpt import MptConfig, MptForCausalLM
+from mpt import MptConfig, MptForCausalLM, MptForSequenceClassification
 from trainer import InputError, load_config
+from trainer.checkpoint import compare_shapes, describe, load_weights
 from trainer.config import build_model_config
 from trainer.pretrained import differences
 
@@ -95,3 +97,15 @@ def test_of_a_hub_model_only_the_configuration_is_fetched_for_the_section(load, 
     config = load(name="org/model")
     assert config.load_path == "org/model" and config.model["d_model"] == 48
     assert asked == [("org/model", "config.json")]
+
+
+@pytest.mark.filterwarnings("ignore:.*which MptForCausalLM does not use")
+def test_a_classifier_is_a_base_without_its_head(tmp_path):
+    trained = MptForSequenceClassification(MptConfig(d_model=48, n_heads=6, n_layers=1, vocab_size=300, num_labels=3))
+    trained.save_pretrained(tmp_path)
+    model = MptForCausalLM(MptConfig(d_model=48, n_heads=6, n_layers=1, vocab_size=300))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert compare_shapes(tmp_path, shapes, describe(tmp_path)) is None
+    load_weights(tmp_path, model)
+    theirs = dict(trained.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in model.named_parameters())

@@ -359,13 +359,15 @@ def _fill(model: nn.Module, path: Path) -> None:
 
 
 def describe(path: Path | str) -> dict[str, Shape]:
-    """Name -> shape of the weights that `load_weights` would load, without reading them. Not collective.
+    """Name -> shape of the weights that `load_weights` would load, without reading them; a classifier's head is none.
+    Not collective.
 
     Raises InputError if there is no checkpoint at `path`, or if its manifest or index is damaged.
     """
     source = _as_input_error(mpt.checkpoint.open_checkpoint, path)
     tensors = source.tensors if source.kind == "run" else source.with_head()
-    return {name: stored.shape for name, stored in tensors.items()}
+    heads = tuple(mpt.checkpoint.CLASSIFIERS)
+    return {name: stored.shape for name, stored in tensors.items() if not name.startswith(heads)}
 
 
 def is_own(path: Path | str) -> bool:

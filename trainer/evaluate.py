@@ -99,9 +99,11 @@ def mean_loss(
     )
 
 
-def load_model(source: Source, world: World, dtype: torch.dtype | None = None) -> MptForCausalLM:
-    """The model of an open checkpoint, in eval mode: whole for one process, sharded over several, each of which reads
-    its own rows.
+def load_model(
+    source: Source, world: World, dtype: torch.dtype | None = None, *, whole: bool = False
+) -> MptForCausalLM:
+    """The model of an open checkpoint, in eval mode: sharded over the processes, each of which reads its own rows; or,
+    for one and with `whole`, whole on each.
 
     dtype: of the weights; None takes the checkpoint's. InputError where it is not a causal language model's.
     """
@@ -110,7 +112,7 @@ def load_model(source: Source, world: World, dtype: torch.dtype | None = None) -
             model = MptForCausalLM(source.config())
         stored = match(model, source)
         model = model.to(dtype or source.dtype)
-        if world.size > 1:
+        if world.size > 1 and not whole:
             shard_model(model, world.mesh, FsdpConfig(), bf16=False)
         materialize(model, world.device, cpu_offload=False)
         fill(model, stored)

@@ -6,24 +6,25 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mpt import MptForCausalLM
 from mpt.model import linear
-from trainer.data.tokenizer import DEFAULT_EOS, SETTINGS, TOKENIZER
+from trainer.data.tokenizer import DEFAULT_EOS, model_ends, model_tokenizer
 from trainer.data.workers import Progress
 from trainer.errors import InputError
 from trainer.evaluate import TOKENS_PER_BATCH
+from trainer.parallel import World
 
 LOGITS = 1024  # positions whose logits are held at once
 MAX_NEW_TOKENS = 256  # where a task says nothing, as in lm-eval's own adapters
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names for one thing, in lm-eval
 OPTIONS = ("top_k", "top_p", "repetition_penalty")
 
+T = TypeVar("T")
 Pair = tuple[list[int], list[int]]  # ids of a context, which is not empty, and of what follows it
 
 
@@ -35,18 +36,25 @@ class TextModel:
 
     def __init__(
         self, model: MptForCausalLM, files: Mapping[str, bytes], *, max_length: int | None = None,
-        batch_size: int | None = None, quiet: bool = False,
+        batch_size: int | None = None, quiet: bool = False, world: World | None = None,
     ) -> None:  # fmt: skip
         """files: contents of tokenizer.json and of the settings beside it. max_length: tokens that the model reads at
         most, the end of a longer text; None: max_seq_len. batch_size: texts of a forward; None: as many as make some
-        thousand tokens.
+        thousand tokens. world: processes that all hold the model, are asked the same, and share the work; every one
+        gets all results.
         """
         config = model.config
-        self.model, self.tokenizer, self.quiet = model.eval(), _tokenizer(files, config.vocab_size), quiet
+        self.model, self.tokenizer, self.quiet = model.eval(), model_tokenizer(files, config.vocab_size), quiet
         self.max_length = config.max_seq_len if max_length is None else max_length
-        self.batch_size = batch_size
-        self.ends = _ends(config.eos_token_id, files, self.tokenizer)
+        self.batch_size, self.world = batch_size, world
+        self._turn = 0  # batches so far: every process counts the same ones
+        self.ends = model_ends(config.eos_token_id, files, self.tokenizer)
         self.device = model.get_input_embeddings().weight.device
+        if not self.ends:
+            raise InputError(
+                "neither the model's configuration nor the tokenizer says which token ends a text, and there is no "
+                f"{DEFAULT_EOS}; set eos_token_id in config.json"
+            )
         if self.max_length < 2:
             raise InputError(f"--max-length {self.max_length}: give 2 tokens or more")
         if config.learned_positions and self.max_length > config.max_seq_len:
@@ -81,7 +89,7 @@ class TextModel:
         settings: of a task's generation_kwargs; see `generation_options`. The end of a prompt is read where it and the
         new tokens together would be longer than max_length.
         """
-        out = [""] * len(requests)
+        found: dict[int, str] = {}
         alike: dict[str, list[int]] = {}
         for i, (_, settings) in enumerate(requests):
             alike.setdefault(json.dumps(settings, sort_keys=True), []).append(i)
@@ -96,9 +104,9 @@ class TextModel:
                 prompts = [(self.encode(requests[i][0]) or self.ends[:1])[-room:] for i in places]
                 for rows in self._batches([len(prompt) + options["max_new_tokens"] for prompt in prompts]):
                     for row, text in zip(rows, self._continue([prompts[row] for row in rows], options)):
-                        out[places[row]] = text
+                        found[places[row]] = text
                     progress.advance(len(rows))
-        return out
+        return self._gathered(found, [""] * len(requests))
 
     def _pair(self, context: str, continuation: str) -> Pair:
         if not context:
@@ -113,13 +121,23 @@ class TextModel:
         return first, whole[len(first) :]
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Places of `lengths`, the longest first, so that a batch has little padding and memory runs out at once."""
+        """Places of `lengths`, the longest first, so that a batch has little padding and memory runs out at once; of
+        several processes each takes its turn.
+        """
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         first = 0
         while first < len(order):
             rows = self.batch_size or max(TOKENS_PER_BATCH // max(lengths[order[first]], 1), 1)
-            yield order[first : first + rows]
-            first += rows
+            if self.world is None or self._turn % self.world.size == self.world.rank:
+                yield order[first : first + rows]
+            first, self._turn = first + rows, self._turn + 1
+
+    def _gathered(self, found: dict[int, T], out: list[T]) -> list[T]:
+        """`out` with what all processes found put in its places."""
+        for part in [found] if self.world is None else self.world.gather(found):
+            for place, value in part.items():
+                out[place] = value
+        return out
 
     @torch.no_grad()
     def _score(self, pairs: Sequence[Pair], name: str) -> list[tuple[float, bool]]:
@@ -130,7 +148,7 @@ class TextModel:
                 )
         # The last token is predicted and not read.
         texts = [(context + continuation)[-self.max_length - 1 : -1] for context, continuation in pairs]
-        out: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        found: dict[int, tuple[float, bool]] = {}
         todo = [i for i, (_, continuation) in enumerate(pairs) if continuation]
         with Progress(name, len(todo), self.quiet) as progress:
             for places in self._batches([len(texts[i]) for i in todo]):
@@ -140,9 +158,9 @@ class TextModel:
                 targets = torch.tensor([i for row in rows for i in pairs[row][1]], device=self.device)
                 logp, greedy = self._log_probabilities(hidden, targets)
                 for i, p, same in zip(rows, logp.split(sizes), greedy.split(sizes)):
-                    out[i] = float(p.sum()), bool(same.all())
+                    found[i] = float(p.sum()), bool(same.all())
                 progress.advance(len(rows), sum(len(texts[i]) for i in rows))
-        return out
+        return self._gathered(found, [(0.0, True)] * len(pairs))
 
     def _hidden(self, texts: list[list[int]], sizes: list[int]) -> Tensor:
         """(N, d): of each text's last `size` positions, one text after the other."""
@@ -222,49 +240,13 @@ def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
-    if TOKENIZER not in files:
-        raise InputError(f"the checkpoint has no {TOKENIZER}, and tasks are texts; name a tokenizer with --tokenizer")
-    try:
-        tokenizer = Tokenizer.from_buffer(files[TOKENIZER])
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{TOKENIZER}: the tokenizers library cannot read it ({error}); give a whole file") from None
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise InputError(
-            f"{TOKENIZER} has {tokenizer.get_vocab_size()} tokens, the model {vocab_size}: they do not belong "
-            "together; name the model's with --tokenizer"
-        )
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _ends(configured: int | Sequence[int] | None, files: Mapping[str, bytes], tokenizer: Tokenizer) -> list[int]:
-    """Ids that end a text: the model's, else the tokenizer's end token. The first also stands before a text."""
-    if configured is not None:
-        return [configured] if isinstance(configured, int) else list(configured)
-    names = [DEFAULT_EOS]
-    for file in SETTINGS:
-        try:
-            name = json.loads(files.get(file, b"{}")).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{file}: not a JSON mapping ({error}); repair or remove it") from None
-        names.insert(0, name["content"] if isinstance(name, dict) else name)
-    ids = [tokenizer.token_to_id(name) for name in names if name]
-    if found := [i for i in ids if i is not None]:
-        return found[:1]
-    raise InputError(
-        f"neither the model's configuration nor the tokenizer says which token ends a text, and there is no "
-        f"{DEFAULT_EOS}; set eos_token_id in config.json"
-    )
-
-
 def run_tasks(
     text_model: TextModel, tasks: Sequence[str], *, path: str | Path | None = None, num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """lm-eval's results of some of its tasks, groups or tags; patterns such as `mmlu_*` are understood.
 
+    Of several processes all have to call this; lm-eval gives its results to the first of each machine, others get {}.
     path: a folder with task files of one's own, beside lm-eval's. num_fewshot: examples before each question; None: as
     the task has it. limit: only a task's first questions. InputError where a task or its data cannot be had.
     """
@@ -291,8 +273,7 @@ def run_tasks(
             f"data of {', '.join(tasks)} cannot be had ({_first_line(error)}); without a network, fill the cache of "
             "datasets elsewhere and copy it, or give tasks with local files in --tasks-path"
         ) from error
-    assert isinstance(results, dict)
-    return results
+    return results or {}
 
 
 def _known(tasks: Sequence[str], manager: Any, path: str | Path | None) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mpt import MptConfig, MptForCausalLM
-from mpt.checkpoint import causal_lm_tensors, open_checkpoint
+from mpt.checkpoint import model_tensors, open_checkpoint
 from mpt.config import parameter_shapes
 from mpt.initialize import is_adapter
 from mpt.tensor_files import Stored
@@ -175,7 +175,7 @@ def _peft_config(config: LoraConfig, base: str | None = None) -> "peft.LoraConfi
 
 def _base(load_path: str, model_config: MptConfig) -> dict[str, Stored]:
     try:
-        return causal_lm_tensors(open_checkpoint(load_path), model_config)
+        return model_tensors(open_checkpoint(load_path), model_config)
     except (ValueError, OSError) as e:
         raise InputError(f"the base of the adapters, load_path={load_path}: {e}") from e
 

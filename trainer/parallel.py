@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -76,11 +76,16 @@ class World:
             dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank if any rank brings an error: its own where it has one, else the first rank's that has."""
-        errors: list[str | None] = [None] * self.size
-        if self.size > 1:
-            dist.all_gather_object(errors, str(error) if error else None)
+        errors = self.gather(str(error) if error else None)
         if error:
             raise error
         for rank, text in enumerate(errors):

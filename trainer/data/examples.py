@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from trainer.data.encode import load_tokenizer
 from trainer.data.order import IntArray
 from trainer.data.sources import InputFile, read_rows
 from trainer.data.templates import Marker, Segment, Template, token_examples
-from trainer.data.tokenizer import added_tokens, file_sha256, find_eos
+from trainer.data.tokenizer import file_sha256, find_eos
 from trainer.errors import InputError
 
 ENCODED_AT_ONCE = 1 << 12  # examples in one call to the tokenizer
@@ -52,7 +53,7 @@ class Examples:
         return self.ids[part], self.trained[part]
 
 
-class Encoder:
+class SegmentEncoder:
     """Segments to token ids. Each is tokenised by itself, so a prompt's last characters and a response's first never
     share a token, and special tokens spelt out in a text stay text.
 
@@ -60,12 +61,10 @@ class Encoder:
     Parts that are token ids stay.
     """
 
-    def __init__(self, tokenizer: Path) -> None:
-        self.eos_token, self.eos_id = find_eos(
-            tokenizer, remedy="write it as eos_token into a tokenizer_config.json beside it"
-        )
-        self._tokenizer = load_tokenizer(str(tokenizer), file_sha256(tokenizer))
-        self._markers = added_tokens(tokenizer)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True
+        self._markers = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
 
     def marker_id(self, marker: Marker) -> int | None:
         return self._markers.get(marker.text)
@@ -96,6 +95,16 @@ class Encoder:
             elif piece != "":
                 pieces.append(piece)
         return pieces
+
+
+class Encoder(SegmentEncoder):
+    """A SegmentEncoder of a tokenizer.json, with the token that ends a document."""
+
+    def __init__(self, tokenizer: Path) -> None:
+        self.eos_token, self.eos_id = find_eos(
+            tokenizer, remedy="write it as eos_token into a tokenizer_config.json beside it"
+        )
+        super().__init__(load_tokenizer(str(tokenizer), file_sha256(tokenizer)))
 
 
 def read_examples(

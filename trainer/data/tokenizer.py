@@ -3,7 +3,9 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -11,6 +13,7 @@ from trainer.errors import InputError
 
 TOKENIZER = "tokenizer.json"
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+GENERATION = "generation_config.json"
 DEFAULT_EOS = "<|endoftext|>"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -60,6 +63,50 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path}: the tokenizers library cannot read it ({error}); give a whole file") from None
+
+
+def model_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:
+    """The tokenizer among a model's files (name -> contents), which cuts and pads nothing. InputError where there is
+    none, it cannot be read, or it has tokens that the model has not.
+    """
+    if TOKENIZER not in files:
+        raise InputError(f"the checkpoint has no {TOKENIZER}; name a tokenizer with --tokenizer")
+    try:
+        tokenizer = Tokenizer.from_buffer(files[TOKENIZER])
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{TOKENIZER}: the tokenizers library cannot read it ({error}); give a whole file") from None
+    if (tokens := max(tokenizer.get_vocab().values(), default=-1) + 1) > vocab_size:
+        raise InputError(
+            f"{TOKENIZER} has {tokens} tokens, the model {vocab_size}: they do not belong together; name the model's "
+            "with --tokenizer"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def model_ends(configured: int | Sequence[int] | None, files: Mapping[str, bytes], tokenizer: Tokenizer) -> list[int]:
+    """Ids that end a text: those of the model's configuration, else of the generation_config.json among its files, else
+    the tokenizer's end token, where there is one.
+    """
+    if configured is None:
+        configured = _setting(files, GENERATION, "eos_token_id")
+    if configured is not None:
+        ids = [configured] if isinstance(configured, int) else list(configured)
+        if not all(isinstance(i, int) for i in ids):
+            raise InputError(f"{GENERATION}: eos_token_id is {configured!r}; it must be an id or a list of ids")
+        return ids
+    names = [_setting(files, file, "eos_token") for file in SETTINGS]
+    names = [name.get("content") if isinstance(name, dict) else name for name in [*names, DEFAULT_EOS]]
+    known = (tokenizer.token_to_id(name) for name in names if isinstance(name, str))
+    return [i for i in known if i is not None][:1]
+
+
+def _setting(files: Mapping[str, bytes], file: str, key: str) -> Any:
+    try:
+        return json.loads(files.get(file, b"{}")).get(key)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file}: not a JSON mapping ({error}); repair or remove it") from None
 
 
 def settings_files(tokenizer: Path) -> list[Path]:

@@ -33,7 +33,7 @@ from trainer.history import replace_file
 from trainer.loggers import Loggers
 from trainer.lora import LoraConfig, adapters, add_adapters, base_sha256, count_adapters, merged, save_adapters
 from trainer.metrics import StepTimer, TokenAccuracy, flops_per_token, memory_gib, peak_flops, profiler
-from trainer.optim import build_optimizer, clip_grad_norm, lr_multiplier, set_lr
+from trainer.optim import OptimizerConfig, build_optimizer, clip_grad_norm, lr_multiplier, set_lr
 from trainer.parallel import (
     World,
     compile_blocks,
@@ -129,6 +129,11 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
         resolved.run_folder / "checkpoints",
         keep=config.save_num_checkpoints_to_keep,
         fingerprint=_fingerprint(config, resolved, train_data),
+        defaults={
+            "model": MptConfig().to_dict(extra=False),
+            "optimizer": asdict(OptimizerConfig()),
+            "lora": asdict(LoraConfig()),
+        },
         asynchronous=config.save_async,
         on_error=config.on_save_error,
     )

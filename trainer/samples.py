@@ -54,7 +54,7 @@ def answer(model: MptForCausalLM, asked: Sequence[Question], encoder: Encoder, t
     device = next(model.parameters()).device
     out = model.generate(ids.to(device), mask.to(device), max_new_tokens=tokens, eos_token_id=ends)
     texts = [encoder.decode(_until(row, ends)) for row in out[:, longest:].tolist()]
-    return [text.removesuffix(IM_END.text) for text in texts]  # where the marker is text
+    return [text.split(IM_END.text)[0] for text in texts]  # where the marker is text
 
 
 def line(question: Question, text: str) -> str:

@@ -53,8 +53,10 @@ class Encoding:
 
 
 @lru_cache(maxsize=1)
-def load_tokenizer(path: str, sha256: str) -> Tokenizer:
+def load_tokenizer(path: str, sha256: str, control: tuple[int, ...]) -> Tokenizer:
+    """A tokenizer that takes whole texts. control: ids of added tokens that no text may spell, special or not there."""
     tokenizer = open_tokenizer(path)
+    tokenizer.add_special_tokens([tokenizer.id_to_token(i) for i in control])
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -90,7 +92,7 @@ def encode(pieces: Iterable[Piece], encoding: Encoding) -> Iterator[tuple[str, I
 
 
 def _encode_batch(waiting: list[tuple[str, str, bool]], encoding: Encoding) -> Iterator[tuple[str, Ids]]:
-    tokenizer = load_tokenizer(encoding.tokenizer, encoding.tokenizer_sha256)
+    tokenizer = load_tokenizer(encoding.tokenizer, encoding.tokenizer_sha256, (encoding.eos_id,))
     encoded = tokenizer.encode_batch_fast([text for _, text, _ in waiting], add_special_tokens=False)
     for (split, _, ends), result in zip(waiting, encoded):
         ids = result.ids

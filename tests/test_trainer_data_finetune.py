@@ -364,7 +364,7 @@ def test_a_context_that_no_example_has_is_a_mistake(tmp_path, tokenizer):
     data = [{"instruction": "a", "response": "b"}, {"instruction": "a", "passage": "c", "response": "b"}]
     path = write(tmp_path / "a.jsonl", data)
     assert len(open_(path, tokenizer, seq_len=200, fields=FieldsConfig(context="passage")).examples) == 2
-    with pytest.raises(InputError, match=r"dataset.fields.context=pasage: no example has that field"):
+    with pytest.raises(InputError, match=r"dataset.fields.context=pasage: no example has it"):
         open_(path, tokenizer, seq_len=200, fields=FieldsConfig(context="pasage"))
 
 

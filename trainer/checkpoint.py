@@ -41,6 +41,7 @@ from mpt.manifest import (
 )
 from trainer.errors import InputError
 from trainer.named_state import Shape, compare_shapes, named_state, read, reason, whole_parameters, write
+from trainer.quantized import load_quantized
 
 __all__ = ["Checkpointer", "compare_shapes", "describe", "export_hf", "find", "load_weights", "verify"]
 
@@ -359,7 +360,8 @@ def load_weights(path: Path | str, model: nn.Module) -> None:
 
 
 def _fill(model: nn.Module, path: Path) -> None:
-    mpt.checkpoint.fill(model, mpt.checkpoint.match(model, mpt.checkpoint.open_checkpoint(path, check_hashes=True)))
+    source = load_quantized(model, mpt.checkpoint.open_checkpoint(path, check_hashes=True))
+    mpt.checkpoint.fill(model, mpt.checkpoint.match(model, source))
 
 
 def describe(path: Path | str) -> dict[str, Shape]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 import kernels.backend
 from mpt import MptConfig, MptForCausalLM
+from mpt.config import count_parameters
 from mpt.context import ContextSplit, slopes_of
 from mpt.initialize import init_weights
 from mpt.manifest import list_steps
@@ -532,6 +533,7 @@ class Loop:
 
     def summary(self) -> dict[str, Any]:
         """What the run's folder says of it at the end."""
+        lora, model_config = self.config.lora, self.resolved.model_config
         return {
             "run_name": self.config.run_name,
             "step": self.state.step,
@@ -540,7 +542,7 @@ class Loop:
             "skipped_steps": self.state.skipped,
             **self.last_eval,
             "unigram_entropy": self.unigram_entropy,
-            "parameters": self.model.num_parameters(),
+            "parameters": count_parameters(model_config) + (0 if lora is None else count_adapters(lora, model_config)),
             "world_size": self.world.size,
             "device": torch.cuda.get_device_name() if self.world.device.type == "cuda" else "cpu",
             "wall_s": time.perf_counter() - self.started,

@@ -66,9 +66,7 @@ class Encoder:
         )
         added = added_tokens(tokenizer)
         self._markers = {marker.text: added[marker.text] for marker in (IM_START, IM_END) if marker.text in added}
-        self._tokenizer = load_tokenizer(
-            str(tokenizer), file_sha256(tokenizer), (self.eos_id, *self._markers.values())
-        )
+        self._tokenizer = load_tokenizer(str(tokenizer), file_sha256(tokenizer), (self.eos_id, *self._markers.values()))
 
     def marker_id(self, marker: Marker) -> int | None:
         return self._markers.get(marker.text)
@@ -165,7 +163,7 @@ def _rendered(files: Sequence[InputFile], template: Template, encoder: Encoder) 
             segments[-1] = Segment((*parts, last, encoder.eos_id), True)
             yield place, template.form(row), segments
     if not context_seen:  # of a single example it may be left out
-        raise InputError(f"dataset.fields.context={template.context}: no example has that field; name one that is there")
+        raise InputError(f"dataset.fields.context={template.context}: no example has it; name a field that is there")
 
 
 def _batched(examples: Iterator[Rendered]) -> Iterator[list[Rendered]]:

@@ -1,4 +1,4 @@
-"""Frozen layers in 4 and 8 bit: their products against the weights that they stand for, and whole runs with adapters."""
+"""Frozen layers in 4 and 8 bit: products against the weights that they stand for, and whole runs with adapters."""
 
 import importlib.util
 import json

@@ -238,9 +238,11 @@ class Checkpointer:
         changed = [name for name in {**old, **new} if old.get(name, _ABSENT) != new.get(name, _ABSENT)]
         if changed:
             lines = "".join(f"\n  {n}: {_short(old.get(n, _ABSENT))} -> {_short(new.get(n, _ABSENT))}" for n in changed)
+            # Of adapters alone the checkpoint is no model; the export is.
+            weights = self.folder.parent / "export" if any(n.startswith("lora.") for n in old) else path
             raise InputError(
                 f"checkpoint {path} belongs to another run (its value -> this run's):{lines}\n"
-                f"restore these values, or choose another save_folder (load_path={path} takes its weights only)"
+                f"restore these values, or choose another save_folder (load_path={weights} takes its weights only)"
             )
 
     def _set_aside_if_possible(self, path: Path) -> None:

@@ -605,8 +605,9 @@ def _write_answers(loop: Loop) -> None:
     config, path = loop.config, loop.resolved.tokenizer_path
     assert isinstance(loop.train_data, ExampleBatches) and path is not None
     held_out = loop.eval_data if isinstance(loop.eval_data, ExampleBatches) else loop.train_data
-    questions = samples.questions(config.train_loader.dataset, config.sample_prompts, Encoder(path), held_out)
-    answers = samples.answer(loop.model, questions, Encoder(path), SAMPLE_TOKENS)
+    encoder = Encoder(path)
+    questions = samples.questions(config.train_loader.dataset, config.sample_prompts, encoder, held_out)
+    answers = samples.answer(loop.model, questions, encoder, SAMPLE_TOKENS)
     loop.loggers.message("\n".join(samples.line(q, answer) for q, answer in zip(questions, answers)))
     if loop.world.rank == 0:
         try:

@@ -38,6 +38,7 @@ from trainer.optim import OptimizerConfig, build_optimizer, clip_grad_norm, lr_m
 from trainer.parallel import (
     World,
     compile_blocks,
+    give_back_freed_memory,
     join_world,
     materialize,
     shard_model,
@@ -121,6 +122,8 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
             f"({resolved.micro_batch} on rank {world.rank}); set it to a number that suits the smallest"
         )
     kernels.backend.set_default(config.kernels)
+    if world.device.type == "cpu":
+        give_back_freed_memory()
     model = _sharded_model(config, resolved.model_config, world)
     optimizer = build_optimizer(config.optimizer, model)
     train_data, eval_data = resolved.train_data, resolved.eval_data

@@ -68,10 +68,7 @@ def test_a_sharded_model_computes_in_the_asked_dtype_with_fp32_parameters(bf16: 
 class MallInfo2(ctypes.Structure):
     """What glibc's mallinfo2 returns; hblks: pieces that have pages of their own."""
 
-    _fields_ = [
-        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks")),
-        ("rest", ctypes.c_size_t * 6),
-    ]
+    _fields_ = [("before", ctypes.c_size_t * 3), ("hblks", ctypes.c_size_t), ("after", ctypes.c_size_t * 6)]
 
 
 def test_freed_tensors_go_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,10 @@ def _measured(recipe: str, overrides: list[str], steps: int, folder: str) -> dic
     ])  # fmt: skip
     predicted = plan(config, validate(config, world_size()), world_size())
     run.Checkpointer = _NoCheckpoints
+    if config.lora is not None:
+        import_module("peft")  # which brings transformers: no part of a step's memory
+        if config.lora.base_bits is not None:
+            import_module("bitsandbytes")
     before = _resident()
     started = time.process_time(), time.perf_counter()
     run.run(config)

@@ -154,22 +154,22 @@ def options(args: argparse.Namespace, model: "MptForCausalLM", prompt: int) -> d
     }
 
 
-def encode(tokenizer: "Tokenizer", prompt: str, *, instruct: bool) -> list[int]:
-    """Ids of a prompt; in the template, as in training, special tokens that it spells out are text."""
+def encode(tokenizer: "Tokenizer", prompt: str, ends: Sequence[int], *, instruct: bool) -> list[int]:
+    """Ids of a prompt; in the template, as in training, special tokens and ends that it spells out are text."""
     if not instruct:
         return list(tokenizer.encode(prompt).ids)
     from trainer.data.examples import SegmentEncoder
     from trainer.data.templates import INSTRUCT, Segment
 
     text = INSTRUCT.format(instruction=prompt.strip("\n"))
-    return SegmentEncoder(tokenizer).encode([[Segment((text,), trained=False)]])[0][0]
+    return SegmentEncoder(tokenizer, ends).encode([[Segment((text,), trained=False)]])[0][0]
 
 
 def complete(model: "MptForCausalLM", tokenizer: "Tokenizer", prompt: str, args: argparse.Namespace) -> None:
     """Print what follows one prompt: as it comes, or, of several sequences, one after the other."""
     import torch
 
-    ids = encode(tokenizer, prompt, instruct=args.instruct)
+    ids = encode(tokenizer, prompt, args.eos_token_id, instruct=args.instruct)
     if not ids:
         raise Unusable(f"the prompt {prompt!r} has no tokens; give a text to go on from")
     several = args.num_return_sequences > 1
@@ -241,10 +241,11 @@ class Chat:
         from trainer.data.examples import SegmentEncoder
         from trainer.data.templates import IM_END, message
 
-        self.model, self.encoder, self.tokenizer, self.args = model, SegmentEncoder(tokenizer), tokenizer, args
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.encoder = SegmentEncoder(tokenizer, args.eos_token_id)
         self.cache, self.ids = MptCache(), []  # type: tuple[MptCache, list[int]]
         self.end = self.encoder.marker_id(IM_END)
-        self.ends = [*(args.eos_token_id or []), *([] if self.end is None else [self.end])]
+        self.ends = [*args.eos_token_id, *([] if self.end is None else [self.end])]
         self.stops = [*args.stop, *([IM_END.text] if self.end is None else [])]
         # Of the conversation, what is not encoded yet: with the next message, as in training.
         self.pending: tuple[str | Marker, ...] = () if args.system is None else message("system", args.system)

@@ -14,10 +14,12 @@ from launch import launch
 
 from mpt import MptConfig, MptForCausalLM
 from scripts import check_run
-from trainer import InputError, load_config, run
+from trainer import InputError, load_config, run, samples
 from trainer.config import validate
 from trainer.data.config import DatasetConfig, LoaderConfig
+from trainer.data.examples import Encoder
 from trainer.data.finetune import open_examples
+from trainer.data.templates import Segment
 from trainer.metrics import TokenAccuracy
 
 run_module = import_module("trainer.run")
@@ -197,6 +199,16 @@ def test_accuracy_counts_in_chunks(folder, monkeypatch):
         logits = model(ids).logits
     assert accuracy.correct == int((logits[:, :-1].argmax(-1) == labels[:, 1:]).sum())
     model(ids)  # no longer counted, nor in need of labels
+
+
+def test_answers_end_where_the_marker_is_text(folder, monkeypatch):
+    """A tokenizer without <|im_end|> spells it, and a model that goes on from there speaks for the user."""
+    encoder = Encoder(folder / "base" / "tokenizer.json")
+    (said,) = encoder.encode([[Segment(("one two<|im_end|>\n<|im_start|>user\nthree",), True)]])
+    model = MptForCausalLM.from_pretrained(folder / "base")
+    prompt = samples.Question((1, 2), "", None)
+    monkeypatch.setattr(model, "generate", lambda ids, *_, **__: torch.cat((ids, torch.tensor(said)), 1))
+    assert samples.answer(model, [prompt], encoder, 99) == ["one two"]
 
 
 def test_a_base_without_a_tokenizer_needs_one_named(folder, tmp_path):

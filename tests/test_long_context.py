@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from data_files import write_shards
 
+from mpt import MptForCausalLM
 from scripts import bench_memory
 from scripts.demo_corpus import standard_library
+from trainer.config import build_model_config, load_config
 
 GIB = 2**30
 RECIPE = """
@@ -73,6 +75,18 @@ WIDE = ["model.d_model=512", "model.n_heads=8", "model.vocab_size=16384"]
 )
 def test_the_plan_predicts_the_measured_peak(recipe, overrides, processes):
     row = bench_memory.measure(recipe, overrides, 1, processes)
+    assert row["measured_bytes"] > GIB, json.dumps(row)
+    assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1), json.dumps(row)
+
+
+@pytest.mark.slow
+def test_the_plan_predicts_the_peak_of_adapters(recipe, tmp_path):
+    pytest.importorskip("peft")
+    shape = [*WEIGHTS[1:], "max_seq_len=1024", "activation_checkpointing=none"]
+    config = build_model_config(load_config(recipe, shape))
+    MptForCausalLM(config).save_pretrained(tmp_path / "base")
+    overrides = [*shape, f"load_path={tmp_path / 'base'}", "lora={rank: 16, dropout: 0.05}"]
+    row = bench_memory.measure(recipe, overrides, 1)
     assert row["measured_bytes"] > GIB, json.dumps(row)
     assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1), json.dumps(row)
 

@@ -247,6 +247,21 @@ def test_other_fingerprint_lists_old_and_new(two_saved):
     assert digests(model, optimizer) == before
 
 
+def test_a_key_that_an_older_version_lacked_has_its_default(two_saved):
+    folder, _ = two_saved
+    newer = {"model": {"d_model": 8, "betas": (0.9, 0.95), "no_bias": False}, "seed": 17}
+    defaults = {"model": {"d_model": 4, "no_bias": False}, "lora": {"rank": 16}}
+    with opened(folder, fingerprint=newer, defaults=defaults) as checkpointer:
+        assert checkpointer.restore(*make())["step"] == 2
+    for key, value, told in (
+        ("model", newer["model"] | {"no_bias": True}, "model.no_bias: False -> True"),
+        ("lora", {"rank": 16}, r"lora.rank: \(absent\) -> 16"),  # a whole section is no new key
+    ):
+        with opened(folder, fingerprint=newer | {key: value}, defaults=defaults) as checkpointer:
+            with pytest.raises(InputError, match=rf"run's\):\n  {told}\n"):
+                checkpointer.restore(*make())
+
+
 def test_good_checkpoint_of_the_same_step_is_left_alone(two_saved):
     folder, _ = two_saved
     before = (folder / "step-2" / "__0_0.distcp").stat().st_mtime_ns

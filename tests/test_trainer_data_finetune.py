@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from data_files import EOS, write_tokenizer
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from trainer.data import DatasetConfig, LoaderConfig, Prefetcher
 from trainer.data.config import FieldsConfig, MixEntry
@@ -99,7 +99,8 @@ def test_special_tokens_in_a_text_stay_text(tmp_path, tokenizer):
     assert second == [*Tokenizer.from_file(str(tokenizer)).encode("ac").ids, 0]  # appended only if absent
 
 
-def test_chat_markers_are_tokens_where_the_tokenizer_has_them(tmp_path, tokenizer):
+@pytest.mark.parametrize("special", [True, False])
+def test_chat_markers_are_tokens_where_the_tokenizer_has_them(tmp_path, tokenizer, special):
     chat = {"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "ok"}]}
     data = write(tmp_path / "a.jsonl", [chat])
     plain = open_(data, tokenizer, seq_len=200).examples
@@ -107,7 +108,8 @@ def test_chat_markers_are_tokens_where_the_tokenizer_has_them(tmp_path, tokenize
     assert text == f"<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\nok<|im_end|>{EOS}"
 
     with_markers = Tokenizer.from_file(str(tokenizer))
-    with_markers.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    added = [AddedToken(text, special=special) for text in ("<|im_start|>", "<|im_end|>")]
+    with_markers.add_tokens(added)
     with_markers.save(str(tmp_path / "tokenizer.json"))
     start, end = (with_markers.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>"))
     ids, trained = open_(data, tmp_path / "tokenizer.json", seq_len=200, vocab_size=302).examples.of(0)
@@ -308,7 +310,7 @@ def test_rows_of_tokens_are_taken_as_they_are(tmp_path, tokenizer):
 )
 def test_sequence_ids_with_gaps_are_refused(tmp_path, tokenizer, numbers, message):
     row = {"input_ids": [5, 6, 8, 9], "labels": [-100, 6, 8, -100], "sequence_id": numbers}
-    data = write(tmp_path / "a.jsonl", [{"input_ids": [5], "labels": [5]}, row])
+    data = write(tmp_path / "a.jsonl", [{"input_ids": [5, 6], "labels": [5, 6]}, row])
     with pytest.raises(InputError, match=rf"a\.jsonl, line 2: .*{message}"):
         open_(data, tokenizer)
 
@@ -320,7 +322,7 @@ def test_sequence_ids_with_gaps_are_refused(tmp_path, tokenizer, numbers, messag
         ({"input_ids": [], "labels": []}, "0 input_ids"),
         ({"input_ids": [5, 6], "labels": [5, 7]}, "token 1 has id 6 and label 7"),
         ({"input_ids": [-5], "labels": [-5]}, "token 0 has id -5"),
-        ({"input_ids": [5], "labels": [-100]}, "no label counts in it"),
+        ({"input_ids": [5, 6], "labels": [5, -100]}, "no label counts in it"),  # nothing precedes the first
     ],
 )
 def test_tokens_that_cannot_be_used(tmp_path, tokenizer, row, message):
@@ -353,6 +355,17 @@ def test_errors_name_file_and_line(tmp_path, tokenizer):
     (tmp_path / "texts" / "c.txt").write_text("text")
     with pytest.raises(InputError, match=r"texts: no JSON lines, Parquet or Arrow file in it$"):
         open_(tmp_path / "texts", tokenizer)
+    data.write_text("\n")
+    with pytest.raises(InputError, match=r"a\.jsonl: no example in it; give other data"):
+        open_(data, tokenizer)
+
+
+def test_a_context_that_no_example_has_is_a_mistake(tmp_path, tokenizer):
+    data = [{"instruction": "a", "response": "b"}, {"instruction": "a", "passage": "c", "response": "b"}]
+    path = write(tmp_path / "a.jsonl", data)
+    assert len(open_(path, tokenizer, seq_len=200, fields=FieldsConfig(context="passage")).examples) == 2
+    with pytest.raises(InputError, match=r"dataset.fields.context=pasage: no example has it"):
+        open_(path, tokenizer, seq_len=200, fields=FieldsConfig(context="pasage"))
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, tokenizer):

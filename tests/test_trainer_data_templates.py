@@ -112,7 +112,7 @@ def test_a_prompt_alone_is_what_examples_begin_with(template, row, form):
     ("row", "message"),
     [
         ({"prompt": "a"}, r"no response \(response, completion, output\); it has prompt: name the field"),
-        ({"prompt": "a", "response": None}, "no response"),
+        ({"prompt": "a", "response": None}, r"no response \(.*\); it has prompt, response \(null\): name the field"),
         ({"prompt": "a", "response": " \n"}, "'response', the response, is empty"),
         ({"prompt": "a", "response": 3}, "'response' is int, expected text"),
         ({"prompt": ["a"], "response": "b"}, "'prompt' is list, expected text"),
@@ -159,6 +159,12 @@ def test_a_template_with_a_missing_field_is_refused():
 def test_templates_that_cannot_be_used(template, message):
     with pytest.raises(ValueError, match=message):
         Template(template, FieldsConfig())
+
+
+@pytest.mark.parametrize("template", ["instruct", "plain", "{prompt}"])
+def test_a_system_prompt_that_no_template_shows_is_refused(template):
+    with pytest.raises(ValueError, match="system_prompt is for the template chatml"):
+        Template(template, FieldsConfig(), "Be brief")
 
 
 def test_a_role_has_to_mean_one_of_three():

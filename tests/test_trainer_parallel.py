@@ -1,11 +1,20 @@
 """Processes and devices: errors before anything is joined, sums and refusals that every rank shares."""
 
+import ctypes
+
 import pytest
 import torch
 
 from mpt import MptConfig, MptForCausalLM
 from trainer import InputError
-from trainer.parallel import FsdpConfig, choose_device, join_world, materialize, shard_model
+from trainer.parallel import (
+    FsdpConfig,
+    choose_device,
+    give_back_freed_memory,
+    join_world,
+    materialize,
+    shard_model,
+)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,3 +63,26 @@ def test_a_sharded_model_computes_in_the_asked_dtype_with_fp32_parameters(bf16: 
         assert out.logits.dtype == (torch.bfloat16 if bf16 else torch.float32)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+class MallInfo2(ctypes.Structure):
+    """What glibc's mallinfo2 returns; hblks: pieces that have pages of their own."""
+
+    _fields_ = [("before", ctypes.c_size_t * 3), ("hblks", ctypes.c_size_t), ("after", ctypes.c_size_t * 6)]
+
+
+def test_freed_tensors_go_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        pytest.skip("needs glibc 2.33")
+    mallinfo2.restype = MallInfo2
+
+    def pieces() -> int:
+        return int(mallinfo2().hblks)
+
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    give_back_freed_memory()
+    torch.empty(30 << 20, dtype=torch.uint8)  # freed at once, it would teach glibc to keep smaller ones
+    before = pieces()
+    small, large = (torch.empty(mib << 20, dtype=torch.uint8) for mib in (3, 5))
+    assert pieces() == before + 1 and len(small) < len(large)

@@ -41,6 +41,7 @@ from mpt.manifest import (
 )
 from trainer.errors import InputError
 from trainer.named_state import Shape, compare_shapes, named_state, read, reason, whole_parameters, write
+from trainer.quantized import load_quantized
 
 __all__ = ["Checkpointer", "compare_shapes", "describe", "export_hf", "find", "load_weights", "verify"]
 
@@ -61,7 +62,8 @@ class Checkpointer:
     other run writes to it.
 
     keep: how many checkpoints to keep, the newest ones; negative keeps all, and one is always kept.
-    fingerprint: nested plain dict of what must not change when the run resumes.
+    fingerprint: nested plain dict of what must not change when the run resumes. defaults: values, in the same nesting,
+        of keys that a section of an older version's fingerprint lacks: what that version did.
     asynchronous: `save` returns once the state is copied to host memory, and a thread does the rest. The copy costs
         as much memory as the rank's parameters and optimizer state; on CUDA it is pinned and kept.
     on_error: what a failed save does: "continue" tells `say` and training goes on, "stop" raises InputError, from the
@@ -78,6 +80,7 @@ class Checkpointer:
         *,
         keep: int,
         fingerprint: dict[str, Any],
+        defaults: dict[str, Any] | None = None,
         asynchronous: bool,
         on_error: Literal["continue", "stop"],
         fsync: bool = True,
@@ -85,7 +88,7 @@ class Checkpointer:
     ) -> None:
         self.folder = folder
         self._keep = keep
-        self._fingerprint = plain(fingerprint)
+        self._fingerprint, self._defaults = plain(fingerprint), plain(defaults or {})
         self._asynchronous = asynchronous
         self._on_error = on_error
         self._fsync = fsync
@@ -230,12 +233,16 @@ class Checkpointer:
 
     def _check_fingerprint(self, path: Path, manifest: Manifest) -> None:
         old, new = _flat(manifest.fingerprint), _flat(self._fingerprint)
+        sections = {name.rpartition(".")[0] for name in old}
+        old = {n: v for n, v in _flat(self._defaults).items() if n in new and n.rpartition(".")[0] in sections} | old
         changed = [name for name in {**old, **new} if old.get(name, _ABSENT) != new.get(name, _ABSENT)]
         if changed:
             lines = "".join(f"\n  {n}: {_short(old.get(n, _ABSENT))} -> {_short(new.get(n, _ABSENT))}" for n in changed)
+            # Of adapters alone the checkpoint is no model; the export is.
+            weights = self.folder.parent / "export" if any(n.startswith("lora.") for n in old) else path
             raise InputError(
                 f"checkpoint {path} belongs to another run (its value -> this run's):{lines}\n"
-                f"restore these values, or choose another save_folder (load_path={path} takes its weights only)"
+                f"restore these values, or choose another save_folder (load_path={weights} takes its weights only)"
             )
 
     def _set_aside_if_possible(self, path: Path) -> None:
@@ -355,7 +362,8 @@ def load_weights(path: Path | str, model: nn.Module) -> None:
 
 
 def _fill(model: nn.Module, path: Path) -> None:
-    mpt.checkpoint.fill(model, mpt.checkpoint.match(model, mpt.checkpoint.open_checkpoint(path, check_hashes=True)))
+    source = load_quantized(model, mpt.checkpoint.open_checkpoint(path, check_hashes=True))
+    mpt.checkpoint.fill(model, mpt.checkpoint.match(model, source))
 
 
 def describe(path: Path | str) -> dict[str, Shape]:

@@ -197,10 +197,15 @@ class TrainConfig:
                 raise InputError(f"{name} is for a train_loader of name: {kind}; this one is {self.train_loader.name}")
         if self.lora is not None and self.load_path is None:
             raise InputError("lora trains adapters on a model that is there: name it in model.pretrained or load_path")
-        if self.lora is not None and self.mlp_chunk_size is not None and self.lora.adapts_mlp:
+        if self.lora is not None and self.mlp_chunk_size is not None and self.lora.unfuses_mlp:
             raise InputError(
-                f"mlp_chunk_size={self.mlp_chunk_size} has no effect with adapters on up_proj or down_proj; leave it "
-                "out, or take these out of lora.target_modules"
+                f"mlp_chunk_size={self.mlp_chunk_size} has no effect with adapters on up_proj or down_proj, nor with "
+                "lora.base_bits; leave it out"
+            )
+        if self.lora is not None and self.lora.base_bits is not None and self.fsdp_config.cpu_offload:
+            raise InputError(
+                f"lora.base_bits={self.lora.base_bits} keeps the model on the GPU, and fsdp_config.cpu_offload=true in "
+                "host memory; set one of them only"
             )
         for key, value in self.tokenizer.kwargs.items():
             if key != "model_max_length" or value != self.max_seq_len:

@@ -24,6 +24,7 @@ from mpt.config import parameter_shapes
 from mpt.initialize import is_adapter
 from mpt.tensor_files import Stored
 from trainer.errors import InputError
+from trainer.quantized import BLOCK, quantize
 
 if TYPE_CHECKING:
     import peft
@@ -37,13 +38,15 @@ class LoraConfig:
     """Train adapters in place of the model.
 
     rank: of the change to each weight. alpha: the change is multiplied by alpha / rank. dropout: of the adapters'
-    input. target_modules: the layers of every block that get one.
+    input. target_modules: the layers of every block that get one. base_bits: in how many bits the blocks' linear layers
+    are kept, 4 or 8, on every process whole; null: in the dtype that they compute in, divided among processes.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: list(TARGETS))
+    base_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -56,13 +59,15 @@ class LoraConfig:
         if unknown or not self.target_modules:
             wrong = f"{', '.join(unknown)}: no such layer" if unknown else "no layer is named"
             raise InputError(f"lora.target_modules: {wrong}; an MPT's blocks have {', '.join(TARGETS)}")
+        if self.base_bits not in (None, *BLOCK):
+            raise InputError(f"lora.base_bits={self.base_bits}; expected 4, 8 or null")
         if len(set(self.target_modules)) < len(self.target_modules):
             raise InputError(f"lora.target_modules={self.target_modules} names a layer twice; name each once")
 
     @property
-    def adapts_mlp(self) -> bool:
-        """Whether an MLP's projections are among the targets, which takes it off its fused kernel."""
-        return not {"up_proj", "down_proj"}.isdisjoint(self.target_modules)
+    def unfuses_mlp(self) -> bool:
+        """Whether an MLP's projections are no plain layers any more, which takes it off its fused kernel."""
+        return self.base_bits is not None or not {"up_proj", "down_proj"}.isdisjoint(self.target_modules)
 
     @property
     def scale(self) -> float:
@@ -71,9 +76,14 @@ class LoraConfig:
 
 
 def check(config: LoraConfig, model_config: MptConfig) -> None:
-    """Raises InputError where peft is missing, or an adapter would be no smaller than what it adapts."""
+    """Raises InputError where a package is missing, or an adapter would be no smaller than what it adapts."""
     if importlib.util.find_spec("peft") is None:
         raise InputError("lora is set, but peft is not installed: pip install 'mpt-train[lora]', or remove the section")
+    if config.base_bits is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"lora.base_bits={config.base_bits}, but bitsandbytes is not installed: pip install 'mpt-train[quantize]', "
+            "or remove the key"
+        )
     for name, (out_features, in_features) in target_shapes(config, model_config).items():
         if config.rank >= min(out_features, in_features):
             raise InputError(
@@ -97,7 +107,7 @@ def count_adapters(config: LoraConfig, model_config: MptConfig) -> int:
 
 def add_adapters(model: MptForCausalLM, config: LoraConfig, *, base_dtype: torch.dtype) -> None:
     """Put adapters around the targets of a model on meta, in place. They alone require gradients, in fp32; the base's
-    parameters are cast to base_dtype.
+    parameters are cast to base_dtype; its linear layers' weights are gone with base_bits, until they are loaded.
     """
     from peft import inject_adapter_in_model
 
@@ -105,6 +115,8 @@ def add_adapters(model: MptForCausalLM, config: LoraConfig, *, base_dtype: torch
     inject_adapter_in_model(_peft_config(config), model, ADAPTER)
     for parameter in adapters(model).values():
         parameter.data = parameter.data.float()
+    if config.base_bits is not None:
+        quantize(model, TARGETS, config.base_bits)
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:

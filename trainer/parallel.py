@@ -1,6 +1,7 @@
 """Processes, the device mesh, and how a model is laid over it: activation checkpointing, compilation, FSDP2."""
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from mpt import MptForCausalLM
 from mpt.context import ContextGroup
 from trainer.errors import InputError
+
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt: from which size on a piece has pages of its own
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,18 @@ def compile_blocks(model: MptForCausalLM) -> None:
     """torch.compile each block in place: the blocks are alike, so one compilation serves all."""
     for block in model.transformer.blocks:
         block.compile()
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc return freed tensors of 4 MiB and more to the system, unless MALLOC_MMAP_THRESHOLD_ says otherwise.
+
+    It learns to keep pieces of up to 32 MiB for the next of their kind. Gathered weights come and go between
+    activations that stay, and leave holes that fit nothing: resident memory grew to 1.8 times what a run on a CPU used.
+    This costs 3 to 10 % of a step's CPU time. Other C libraries are left as they are.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 << 20)
 
 
 def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool) -> None:

@@ -11,6 +11,7 @@ from mpt.context import deal, slopes_of
 from trainer.lora import LoraConfig, count_adapters, target_shapes
 from trainer.metrics import flops_per_token
 from trainer.optim import OFFLOAD_PIECE
+from trainer.quantized import stored_bytes
 
 if TYPE_CHECKING:
     from trainer.config import Resolved, TrainConfig
@@ -175,7 +176,9 @@ def _less(config: "TrainConfig", resolved: "Resolved", world_size: int, device_b
         changes[f"mlp_chunk_size={MLP_CHUNK}"] = {"mlp_chunk_size": MLP_CHUNK}
     if optimizer.name == "decoupled_lionw" and optimizer.state_dtype == "fp32":
         changes["optimizer.state_dtype=bf16"] = {"optimizer": replace(optimizer, state_dtype="bf16")}
-    if not fsdp.cpu_offload and not optimizer.offload and config.device != "cpu":
+    if config.lora is not None and config.lora.base_bits is None and not fsdp.cpu_offload:
+        changes["lora.base_bits=4"] = {"lora": replace(config.lora, base_bits=4)}
+    if config.lora is None and not fsdp.cpu_offload and not optimizer.offload and config.device != "cpu":
         both = {k: v for change in changes.values() for k, v in change.items()}
         changes["optimizer.offload=true"] = {"optimizer": replace(optimizer, offload=True)}
         changes["fsdp_config.cpu_offload=true"] = {"fsdp_config": replace(fsdp, cpu_offload=True)}
@@ -220,7 +223,7 @@ def memory(config: "TrainConfig", model_config: MptConfig, world_size: int, micr
     """Bytes that one rank holds at the fullest moment of a step, by kind, and a margin of 5 % for fragmentation.
 
     weights, gradients, optimizer state: fp32 shards (Lion's average perhaps bf16); with LoRA of the adapters alone, and
-    the frozen weights in the compute dtype. gathered weights: the root
+    the frozen weights in the compute dtype, or in base_bits and not divided. gathered weights: the root
     (embedding, final norm, head) and two blocks (in use, and fetched ahead) in the compute dtype, or all blocks without
     reshard_after_forward. unreduced gradients: the root's and one block's; with accumulation the whole model's, unless
     ranks sum after every micro-batch. activations: what every block keeps for the backward; with checkpointing they are
@@ -254,9 +257,15 @@ def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, mi
     block = sum(math.prod(shape) for name, shape in parameter_shapes(c).items() if ".blocks.0." in name)
     root = own - c.n_layers * block
     trained, frozen, trained_block, trained_root = own, 0, block, root
+    quantized = whole_weight = 0
     if lora is not None:
         trained, frozen, trained_root = count_adapters(lora, c), own, 0
         trained_block = trained // c.n_layers
+        if lora.base_bits is not None:
+            sizes = [out * in_ for out, in_ in target_shapes(LoraConfig(), c).values()]
+            quantized = c.n_layers * sum(stored_bytes(size, lora.base_bits) for size in sizes)
+            whole_weight = width * max(sizes)
+            frozen, block = frozen - c.n_layers * sum(sizes), block - sum(sizes)
         block += trained_block
     context = config.context_parallel_size
     tokens = micro_batch * _ceil(config.max_seq_len, context)
@@ -274,12 +283,12 @@ def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, mi
     if config.activation_offload:  # their copies on the way to the host and back
         block_input = tokens * c.d_model * width
         kept += (min(2, c.n_layers) - c.n_layers) * block_input if device_type == "cuda" else 0
-    again = per_block["none"] - per_block[mode]
+    again = per_block["none"] - per_block[mode] + whole_weight  # one at a time is made from its bits
     mlp, attention = _backward_temporaries(c, tokens, width, chunk, device_type)
     shards = _ceil(trained, shard) * FP32
     one_block = width * trained_root + (width + reduce_width) * trained_block
     state = {
-        "weights": shards + _ceil(frozen, shard) * width,
+        "weights": shards + _ceil(frozen, shard) * width + quantized,
         STATE: _ceil(trained, shard) * average if lion else 2 * shards,
     }
     model = state | {"gathered weights": width * (root + (min(2, c.n_layers) if fsdp.reshard_after_forward

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 import kernels.backend
 from mpt import MptConfig, MptForCausalLM
+from mpt.config import count_parameters
 from mpt.context import ContextSplit, slopes_of
 from mpt.initialize import init_weights
 from mpt.manifest import list_steps
@@ -33,10 +34,11 @@ from trainer.history import replace_file
 from trainer.loggers import Loggers
 from trainer.lora import LoraConfig, adapters, add_adapters, base_sha256, count_adapters, merged, save_adapters
 from trainer.metrics import StepTimer, TokenAccuracy, flops_per_token, memory_gib, peak_flops, profiler
-from trainer.optim import build_optimizer, clip_grad_norm, lr_multiplier, set_lr
+from trainer.optim import OptimizerConfig, build_optimizer, clip_grad_norm, lr_multiplier, set_lr
 from trainer.parallel import (
     World,
     compile_blocks,
+    give_back_freed_memory,
     join_world,
     materialize,
     shard_model,
@@ -120,6 +122,8 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
             f"({resolved.micro_batch} on rank {world.rank}); set it to a number that suits the smallest"
         )
     kernels.backend.set_default(config.kernels)
+    if world.device.type == "cpu":
+        give_back_freed_memory()
     model = _sharded_model(config, resolved.model_config, world)
     optimizer = build_optimizer(config.optimizer, model)
     train_data, eval_data = resolved.train_data, resolved.eval_data
@@ -129,6 +133,11 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
         resolved.run_folder / "checkpoints",
         keep=config.save_num_checkpoints_to_keep,
         fingerprint=_fingerprint(config, resolved, train_data),
+        defaults={
+            "model": MptConfig().to_dict(extra=False),
+            "optimizer": asdict(OptimizerConfig()),
+            "lora": asdict(LoraConfig()),
+        },
         asynchronous=config.save_async,
         on_error=config.on_save_error,
     )
@@ -527,6 +536,7 @@ class Loop:
 
     def summary(self) -> dict[str, Any]:
         """What the run's folder says of it at the end."""
+        lora, model_config = self.config.lora, self.resolved.model_config
         return {
             "run_name": self.config.run_name,
             "step": self.state.step,
@@ -535,7 +545,7 @@ class Loop:
             "skipped_steps": self.state.skipped,
             **self.last_eval,
             "unigram_entropy": self.unigram_entropy,
-            "parameters": self.model.num_parameters(),
+            "parameters": count_parameters(model_config) + (0 if lora is None else count_adapters(lora, model_config)),
             "world_size": self.world.size,
             "device": torch.cuda.get_device_name() if self.world.device.type == "cuda" else "cpu",
             "wall_s": time.perf_counter() - self.started,
@@ -598,8 +608,9 @@ def _write_answers(loop: Loop) -> None:
     config, path = loop.config, loop.resolved.tokenizer_path
     assert isinstance(loop.train_data, ExampleBatches) and path is not None
     held_out = loop.eval_data if isinstance(loop.eval_data, ExampleBatches) else loop.train_data
-    questions = samples.questions(config.train_loader.dataset, config.sample_prompts, Encoder(path), held_out)
-    answers = samples.answer(loop.model, questions, Encoder(path), SAMPLE_TOKENS)
+    encoder = Encoder(path)
+    questions = samples.questions(config.train_loader.dataset, config.sample_prompts, encoder, held_out)
+    answers = samples.answer(loop.model, questions, encoder, SAMPLE_TOKENS)
     loop.loggers.message("\n".join(samples.line(q, answer) for q, answer in zip(questions, answers)))
     if loop.world.rank == 0:
         try:

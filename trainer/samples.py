@@ -30,7 +30,7 @@ def questions(
     if not instructions:
         pairs = [held_out.sample_prompt(i) for i in range(min(HELD_OUT, len(held_out.examples)))]
         return [
-            Question(tuple(prompt), encoder.decode(prompt), encoder.decode(_until(response, _ends(encoder))))
+            Question(tuple(prompt), encoder.decode(prompt), _spoken(encoder, response))
             for prompt, response in ((p.tolist(), r.tolist()) for p, r in pairs)
         ]
     template = Template(dataset.template, dataset.fields, dataset.system_prompt)
@@ -53,8 +53,7 @@ def answer(model: MptForCausalLM, asked: Sequence[Question], encoder: Encoder, t
     ends = _ends(encoder)
     device = next(model.parameters()).device
     out = model.generate(ids.to(device), mask.to(device), max_new_tokens=tokens, eos_token_id=ends)
-    texts = [encoder.decode(_until(row, ends)) for row in out[:, longest:].tolist()]
-    return [text.removesuffix(IM_END.text) for text in texts]  # where the marker is text
+    return [_spoken(encoder, row) for row in out[:, longest:].tolist()]
 
 
 def line(question: Question, text: str) -> str:
@@ -78,8 +77,11 @@ def _ends(encoder: Encoder) -> list[int]:
     return [encoder.eos_id] if marker is None else [encoder.eos_id, marker]
 
 
-def _until(row: list[int], ends: list[int]) -> list[int]:
-    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+def _spoken(encoder: Encoder, row: list[int]) -> str:
+    """The text of a response up to its end, which is text itself where the tokenizer has no token for it."""
+    ends = _ends(encoder)
+    until = next((i for i, token in enumerate(row) if token in ends), len(row))
+    return encoder.decode(row[:until]).split(IM_END.text)[0]
 
 
 def _block(text: str) -> str:

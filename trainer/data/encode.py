@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from trainer.data.shards import DTYPES
 from trainer.data.sources import Document, Piece, Reading, read_piece
-from trainer.data.tokenizer import open_tokenizer
+from trainer.data.tokenizer import keep_as_text, open_tokenizer
 from trainer.errors import InputError
 
 BATCH_CHARS = 1 << 18
@@ -53,11 +53,12 @@ class Encoding:
 
 
 @lru_cache(maxsize=1)
-def load_tokenizer(path: str, sha256: str) -> Tokenizer:
+def load_tokenizer(path: str, sha256: str, control: tuple[int, ...]) -> Tokenizer:
+    """A tokenizer that takes whole texts. control: ids of added tokens that no text may spell, special or not there."""
     tokenizer = open_tokenizer(path)
+    keep_as_text(tokenizer, control)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -90,7 +91,7 @@ def encode(pieces: Iterable[Piece], encoding: Encoding) -> Iterator[tuple[str, I
 
 
 def _encode_batch(waiting: list[tuple[str, str, bool]], encoding: Encoding) -> Iterator[tuple[str, Ids]]:
-    tokenizer = load_tokenizer(encoding.tokenizer, encoding.tokenizer_sha256)
+    tokenizer = load_tokenizer(encoding.tokenizer, encoding.tokenizer_sha256, (encoding.eos_id,))
     encoded = tokenizer.encode_batch_fast([text for _, text, _ in waiting], add_special_tokens=False)
     for (split, _, ends), result in zip(waiting, encoded):
         ids = result.ids

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from trainer.data.encode import load_tokenizer
 from trainer.data.order import IntArray
 from trainer.data.sources import InputFile, read_rows
-from trainer.data.templates import Marker, Segment, Template, token_examples
-from trainer.data.tokenizer import file_sha256, find_eos
+from trainer.data.templates import IM_END, IM_START, Marker, Segment, Template, token_examples
+from trainer.data.tokenizer import file_sha256, find_eos, keep_as_text
 from trainer.errors import InputError
 
 ENCODED_AT_ONCE = 1 << 12  # examples in one call to the tokenizer
@@ -55,16 +55,18 @@ class Examples:
 
 class SegmentEncoder:
     """Segments to token ids. Each is tokenised by itself, so a prompt's last characters and a response's first never
-    share a token, and special tokens spelt out in a text stay text.
+    share a token. Special tokens, the end of a document and markers stay text where a text spells them out.
 
     A marker that the tokenizer has as an added token becomes that token; else it is tokenised with the text around it.
     Parts that are token ids stay.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, control: Sequence[int] = ()) -> None:
+        """control: ids of further added tokens that no text may spell. The tokenizer is changed."""
+        added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+        self._markers = {marker.text: added[marker.text] for marker in (IM_START, IM_END) if marker.text in added}
+        keep_as_text(tokenizer, (*control, *self._markers.values()))
         self._tokenizer = tokenizer
-        tokenizer.encode_special_tokens = True
-        self._markers = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
 
     def marker_id(self, marker: Marker) -> int | None:
         return self._markers.get(marker.text)
@@ -104,7 +106,7 @@ class Encoder(SegmentEncoder):
         self.eos_token, self.eos_id = find_eos(
             tokenizer, remedy="write it as eos_token into a tokenizer_config.json beside it"
         )
-        super().__init__(load_tokenizer(str(tokenizer), file_sha256(tokenizer)))
+        super().__init__(load_tokenizer(str(tokenizer), file_sha256(tokenizer), (self.eos_id,)))
 
 
 def read_examples(
@@ -133,6 +135,8 @@ def read_examples(
             trained.append(counts)
     if not ids:
         names = ", ".join(str(file.path) for file in files[:PLACES])
+        if not read:
+            raise InputError(f"{names}: no example in {'it' if len(files) == 1 else 'them'}; give other data")
         raise InputError(
             f"{names}: no example left of {read:,} ({told(places)}); raise max_seq_len={seq_len}, or give other data"
         )
@@ -142,8 +146,10 @@ def read_examples(
 
 def _rendered(files: Sequence[InputFile], template: Template, encoder: Encoder) -> Iterator[Rendered]:
     """Every example as segments. What is no row of tokens ends with a real end-of-document token, once."""
+    context_seen = template.context is None
     for file in files:
         for place, row in read_rows(file):
+            context_seen = context_seen or template.context in row
             try:
                 if row.get("input_ids") is not None:
                     for segments in token_examples(row):
@@ -166,6 +172,8 @@ def _rendered(files: Sequence[InputFile], template: Template, encoder: Encoder) 
                 raise InputError(f"{place}: {error}; repair or remove it") from None
             segments[-1] = Segment((*parts, last, encoder.eos_id), True)
             yield place, template.form(row), segments
+    if not context_seen:  # of a single example it may be left out
+        raise InputError(f"dataset.fields.context={template.context}: no example has it; name a field that is there")
 
 
 def _batched(examples: Iterator[Rendered]) -> Iterator[list[Rendered]]:

@@ -180,9 +180,10 @@ def open_examples(
     files, name = _find(dataset, section, training)
     examples = read_examples(files, template, encoder, seq_len=seq_len, cut=dataset.too_long == "cut")
     if (largest := int(examples.ids.max())) >= vocab_size:
+        given, own = (name, "tokens of the model's") if examples.form == "tokens" else (tokenizer, "the model's own")
         raise InputError(
-            f"{tokenizer}: gives token id {largest}, vocab_size is {vocab_size}; take the model's own tokenizer, or "
-            f"set vocab_size to at least {largest + 1}"
+            f"{given}: gives token id {largest}, vocab_size is {vocab_size}; take {own} tokenizer, or set vocab_size "
+            f"to at least {largest + 1}"
         )
     layout = first_fit_decreasing(examples.lengths, seq_len) if dataset.packing else one_each(len(examples))
     return ExampleBatches(

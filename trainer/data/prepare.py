@@ -174,7 +174,7 @@ def _check(options: PrepareOptions) -> None:
 def _encoding(options: PrepareOptions) -> tuple[Encoding, str]:
     path = find_tokenizer(options.tokenizer)
     eos, eos_id = find_eos(path, options.eos)
-    vocab_size = max(load_tokenizer(str(path), file_sha256(path)).get_vocab().values()) + 1
+    vocab_size = max(load_tokenizer(str(path), file_sha256(path), (eos_id,)).get_vocab().values()) + 1
     dtype = options.dtype
     if dtype == "auto":
         dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"

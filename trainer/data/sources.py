@@ -335,7 +335,7 @@ def _text_of(row: object, field: str) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg}, column {error.colno})"
+        return f"not JSON ({error.msg}, column {error.colno}), which every line has to be by itself"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte {error.start})"
     if isinstance(error, UnicodeEncodeError):

@@ -61,11 +61,15 @@ class Template:
         None chooses by the example: chatml for messages, instruct for an instruction, plain for a prompt.
     system_prompt: what a ChatML conversation without a system message begins with; None: nothing.
 
-    ValueError for a name or a format string that cannot be used.
+    context: the field that is configured to hold one.
+
+    ValueError for a name or a format string that cannot be used, and a system prompt that would not be.
     """
 
     def __init__(self, name: str | None, fields: FieldsConfig, system_prompt: str | None = None) -> None:
-        self._name, self._fields, self._system = name, fields, system_prompt
+        if system_prompt is not None and name not in (None, "chatml"):
+            raise ValueError(f"system_prompt is for the template chatml, this one is {name!r}; leave one of them out")
+        self._name, self._fields, self._system, self.context = name, fields, system_prompt, fields.context
         self._placeholders = () if name is None or name in TEMPLATES else _placeholders(name)
         self._roles = ROLES | fields.roles
         for theirs, ours in fields.roles.items():
@@ -213,9 +217,11 @@ def token_examples(row: Mapping[str, Any]) -> list[list[Segment]]:
     kinds = [(number, label != -100) for number, label in zip(numbers, labels)]
     for (number, trained), run in groupby(range(len(numbers)), kinds.__getitem__):
         examples.setdefault(number, []).append(Segment(tuple(ids[i] for i in run), trained))
-    for number, segments in examples.items():
-        if not any(segment.trained for segment in segments):
-            raise ValueError(f"no label counts in {f'its example {number}' if len(examples) > 1 else 'it'}")
+    # The first label of an example never does: its logits would come from the token before.
+    counting = {number for before, number, label in zip(numbers, numbers[1:], labels[1:])
+                if number == before and label != -100}  # fmt: skip
+    for number in sorted(examples.keys() - counting):
+        raise ValueError(f"no label counts in {f'its example {number}' if len(examples) > 1 else 'it'}")
     return list(examples.values())
 
 
@@ -282,5 +288,5 @@ def _text(row: Mapping[str, Any], name: str) -> str:
 
 
 def _names(row: Mapping[str, Any]) -> str:
-    names = ", ".join(map(str, list(row)[:8]))
+    names = ", ".join(f"{name} (null)" if row[name] is None else str(name) for name in list(row)[:8])
     return names + (", ..." if len(row) > 8 else "") if names else "no fields"

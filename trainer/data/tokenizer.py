@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,14 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path}: the tokenizers library cannot read it ({error}); give a whole file") from None
+
+
+def keep_as_text(tokenizer: Tokenizer, control: Iterable[int]) -> None:
+    """Let a text that spells a special token, or one of the added tokens `control`, special or not, be encoded as any
+    other text. In place.
+    """
+    tokenizer.add_special_tokens([name for i in control if (name := tokenizer.id_to_token(i)) is not None])
+    tokenizer.encode_special_tokens = True
 
 
 def model_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> Tokenizer:

@@ -215,7 +215,8 @@ def _source(variant: Variant, architecture: str) -> ASTSource:
     names = variant.kernel.arg_names
     given = [*variant.signature, *variant.constants]
     wrong = sorted(set(names) ^ set(given)) + sorted(set(variant.signature) & set(variant.constants))
-    wrong += sorted(set(variant.divisible) - set(variant.signature))
+    same = {parameter.name for parameter in variant.kernel.params if parameter.do_not_specialize}
+    wrong += sorted(set(variant.divisible) - (set(variant.signature) - same))
     if wrong:
         raise ValueError(f"{variant.label}: arguments {wrong} are unknown, given twice or missing; it takes {names}")
     attributes: dict[tuple[int], list[list[Any]]] = {}

@@ -5,8 +5,10 @@ In the interpreter a tile is 32 x 32 and a skip block 32 keys; keys are looked f
 """
 
 import importlib
+import itertools
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import skipping
@@ -196,8 +198,9 @@ def test_ids_in_any_order_where_nobody_looks(dtype: torch.dtype, monkeypatch: py
     both(*qkv(2, 70, 2, 16), torch.bfloat16, alibi_slopes=kernels.alibi_slopes(2), sequence_id=ids)
 
 
-def test_the_tile_of_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(MODULE, "_INTERPRETER", MODULE._FP32)
+@pytest.mark.parametrize("tiles", [MODULE._FP32, MODULE._FP32_SM_90[64]])
+def test_the_tiles_of_fp32_on_a_gpu(tiles: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(MODULE, "_INTERPRETER", tiles)
     both(*qkv(1, 150, 2, 16, 1), alibi_slopes=kernels.alibi_slopes(2) * 2)
 
 
@@ -365,12 +368,12 @@ def test_opcheck(case: dict):
     settings = (True, 0.3, case.get("window"), 0, case.get("dropout_p", 0.0))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.mpt.flash_attention, (q, k, v, *given, seed, *settings, True, True), test_utils=tests
+        torch.ops.mpt.flash_attention, (q, k, v, *given, seed, *settings, True, "ieee"), test_utils=tests
     )
     with torch.no_grad():
-        out, lse, starts_, _ = torch.ops.mpt.flash_attention(q, k, v, *given, seed, *settings, True, True)
+        out, lse, starts_, _ = torch.ops.mpt.flash_attention(q, k, v, *given, seed, *settings, True, "ieee")
         saved = (q.detach(), k.detach(), v.detach(), out, lse, starts_)
-        args = (torch.randn_like(q), torch.randn_like(lse), *saved, *given, seed, *settings, True)
+        args = (torch.randn_like(q), torch.randn_like(lse), *saved, *given, seed, *settings, "ieee")
         torch.library.opcheck(torch.ops.mpt.flash_attention_backward, args, test_utils=tests)
 
 
@@ -444,6 +447,7 @@ def test_every_architecture_has_tiles():
     for name in (*backend.TRITON_ARCHITECTURES, "interpreter"):
         for d in (1, 16, 64, 80, 128, 256):
             for dtype in DTYPES:
-                tiles = MODULE._tiles(name, d, dtype)
-                assert tiles.fwd.m % tiles.dq.m == 0 and tiles.fwd.m % tiles.dkdv.m == 0
-                assert all(tiles.skip % tile.n == 0 for tile in (tiles.fwd, tiles.dq, tiles.dkdv))
+                for products, dropout in itertools.product(("ieee", "tf32", "bf16x6"), (False, True)):
+                    tiles = MODULE._tiles(name, d, dtype, products, dropout)
+                    assert tiles.fwd.m % tiles.dq.m == 0 and tiles.fwd.m % tiles.dkdv.m == 0
+                    assert all(tiles.skip % tile.n == 0 for tile in (tiles.fwd, tiles.dq, tiles.dkdv))

@@ -110,6 +110,7 @@ _TILES: dict[str, dict[int, _Tiles]] = {
     "gfx942": _AMD,
 }
 _TMA = {"sm_90", "sm_100"}
+_FAR_ROWS = 2**24  # elements between rows, times the 128 of a tile
 
 
 def _tiles(name: str, d: int, dtype: torch.dtype, products: str, dropout: bool) -> _Tiles:
@@ -286,8 +287,10 @@ def _aligned(x: Tensor) -> bool:
 
 
 def _readable(*tensors: Tensor) -> tuple[bool, list[Tensor]]:
-    """Whether TMA reads them; the tensors, copied where a last stride is not 1 or where one alone is not aligned."""
-    found = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    """Whether TMA reads them; the tensors, copied where a last stride is not 1, where a tile of rows spans more than 32
+    bits tell, or where one alone is not aligned.
+    """
+    found = [x if x.stride(-1) == 1 and x.stride(1) < _FAR_ROWS else x.contiguous() for x in tensors]
     if architecture(found[0].device) not in _TMA or found[0].shape[-1] * found[0].itemsize % 16:
         return False, found
     return True, [x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in found]
@@ -303,7 +306,7 @@ def _source(x: Tensor, rows: int, tma: bool) -> Any:
     return TensorDescriptor(x, [x.shape[i] for i in order], [*(strides[i] for i in order[:3]), 1], block)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _pairs(s: int, t: int, offset: int, tile: int, triangular: bool) -> int:
     """Query-key pairs of a head in a call without masks, in tiles of rows."""
     ends = [min(first + tile, s) for first in range(0, s, tile)]
@@ -324,9 +327,9 @@ def _flash_attention_fwd(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[
         return out, lse, starts, share
     triangular = bool(device.CAUSAL.value & call.mode) and call.prefix_mask is None
     unit = 1 / (b * h * max(1, _pairs(s, t, call.offset, tile.m, triangular)))
-    key_max = _key_max(k if k.stride(-1) == 1 else k.contiguous(), call.tiles.skip) if skip else None
-    bounds = _bounds(call, b, s, t, tile.m, keys=False)
     tma, (q, k, v) = _readable(q, k, v)
+    key_max = _key_max(k, call.tiles.skip) if skip else None
+    bounds = _bounds(call, b, s, t, tile.m, keys=False)
     device._flash_attention_fwd_kernel[(tiles * b * h,)](
         *(_source(x, rows, tma) for x, rows in ((q, tile.m), (k, tile.n), (v, tile.n))),
         *(out, lse, starts, share, key_max, bounds, *call.masks(), call.slopes, call.order, call.seed),

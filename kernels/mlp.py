@@ -268,7 +268,7 @@ def _launch(direction: str, a: Tensor, f: int, d: int) -> tuple[tuple[int], dict
 
 def _rows(a: Tensor) -> Tensor:
     """a, with neighbouring elements of a row adjacent."""
-    return a if a.stride(1) == 1 and a.stride(0) >= a.shape[1] else a.contiguous()
+    return a if a.stride(1) == 1 and a.shape[1] <= a.stride(0) < 2**24 else a.contiguous()  # 32 bits within a tile
 
 
 def _mlp_fwd(x: Tensor, up: Tensor, up_b: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:

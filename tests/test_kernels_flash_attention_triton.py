@@ -207,6 +207,14 @@ def test_the_tiles_of_fp32_on_a_gpu(tiles: Any, monkeypatch: pytest.MonkeyPatch)
 # ---- strides and descriptors -----------------------------------------------------------------------------------------
 
 
+def test_rows_too_far_apart_for_32_bits_are_copied():
+    near, far = torch.randn(1, 2, 1, 16), torch.empty_strided((1, 2, 1, 16), (1, 2**24, 16, 1), dtype=torch.bfloat16)
+    far.copy_(near)
+    _, (same, copied) = MODULE._readable(near, far)
+    assert same is near and copied.stride(1) == 16
+    assert torch.equal(copied, far)
+
+
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_views_of_one_projection_and_expanded_gradients(descriptors: bool, monkeypatch: pytest.MonkeyPatch):
     """q, k, v as strided views of (B, S, 3d), gradients with zero strides; read by pointers and by TMA."""

@@ -12,7 +12,9 @@ Triton (kernels in flash_attention_kernels.py): online softmax over tiles, and a
 probabilities from q, k and lse in one kernel for dq and one for dk and dv, without atomics: it repeats itself bit by
 bit. Saved: q, k, v, out, lse and each tile's first key. q, k, v are read through their strides (views of one Wqkv
 output need no copy), on sm_90 and sm_100 by TMA where addresses and strides are multiples of 16 bytes; a tensor whose
-last stride is not 1, or which alone is not aligned, is copied. Elsewhere: flash_attention_torch.py.
+last stride is not 1, or which alone is not aligned, is copied. fp32 is multiplied as torch's
+`torch.backends.cuda.matmul.fp32_precision` says ("ieee" exactly, "tf32" on NVIDIA); where it says nothing, exactly, but
+on sm_90 in three bf16 parts. Elsewhere: flash_attention_torch.py.
 
 Skipping is on the left of the diagonal: with `prefix_mask` or without causality, keys to the right are all read, and
 serve in the bound as other near keys do.

@@ -482,7 +482,7 @@ def _fwd_loop(
     rel = tl.arange(0, N)
     rows = start_m + tl.arange(0, M)
     cb = rel.to(tl.float32) * slope2
-    away = (lo - off - start_m).to(tl.float32)  # a multiple of N and less than 2^24 blocks: exact
+    away = (lo - off - start_m).to(tl.float32)  # exact below 2^24 keys
     for n0 in tl.range(lo, hi, N):
         n0 = tl.multiple_of(n0, N)
         k = _rows(K, b, hk, n0, skn, T, DH, D, N, CHECK, TMA)

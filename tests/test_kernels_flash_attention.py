@@ -312,8 +312,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("case", "dtype"), zip(CASES, (torch.bfloat16, torch.float32, torch.bfloat16)))
 def test_opcheck(case: dict, dtype: torch.dtype):
     q, k, v = (t.to(dtype).requires_grad_() for t in qkv(2, 140, 4, 8, 2))
     m = masks(2, 140)

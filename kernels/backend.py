@@ -85,6 +85,18 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}0" if major >= 8 else f"sm_{major}{minor}"
 
 
+@torch.compiler.assume_constant_result
+def fp32_products(device: torch.device) -> str:
+    """How torch was told to multiply fp32 on a device: "ieee", "tf32" (NVIDIA alone), "none" where nobody said.
+
+    The older torch.backends.cuda.matmul.allow_tf32 sets this as well; to read that one raises where this was set.
+    """
+    if device.type != "cuda":
+        return "ieee"
+    told = torch.backends.cuda.matmul.fp32_precision
+    return "none" if told == "tf32" and torch.version.hip else told
+
+
 def _checked(name: str, source: str) -> None:
     if name not in NAMES:
         raise ValueError(f"{source} is {name!r}; it must be one of {', '.join(NAMES)}")

@@ -61,9 +61,9 @@ class Variant:
     kernel and its tile in words. kernel: the @triton.jit function. signature: Triton's type of each argument that is
     no constexpr ("*bf16", "i32", "fp32", "tensordesc<bf16[1,1,64,128]>"). constants: values of the constexprs (and of
     what the JIT makes one: an argument that is None, a stride of 1). divisible: names of the arguments known to be
-    multiples of 16 (pointers, strides): the JIT specialises on that. scores: score elements per iteration of the inner
-    loop of the whole program (BLOCK_M * BLOCK_N), for kernels that have one. options: of the launch, beside num_warps
-    and num_stages. no_spill: spills in the inner loop are an error.
+    multiples of 16 (pointers, strides): the JIT specialises on that, unless the kernel forbids it. scores: score
+    elements per iteration of the inner loop of the whole program (BLOCK_M * BLOCK_N), for kernels that have one.
+    options: of the launch, beside num_warps and num_stages. no_spill: spills in the inner loop are an error.
     """
 
     op: str
@@ -215,7 +215,8 @@ def _source(variant: Variant, architecture: str) -> ASTSource:
     names = variant.kernel.arg_names
     given = [*variant.signature, *variant.constants]
     wrong = sorted(set(names) ^ set(given)) + sorted(set(variant.signature) & set(variant.constants))
-    wrong += sorted(set(variant.divisible) - set(variant.signature))
+    same = {parameter.name for parameter in variant.kernel.params if parameter.do_not_specialize}
+    wrong += sorted(set(variant.divisible) - (set(variant.signature) - same))
     if wrong:
         raise ValueError(f"{variant.label}: arguments {wrong} are unknown, given twice or missing; it takes {names}")
     attributes: dict[tuple[int], list[list[Any]]] = {}

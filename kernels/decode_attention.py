@@ -32,7 +32,18 @@ from torch import Tensor
 
 from kernels import alibi, reference
 from kernels.alibi import GRAIN
-from kernels.backend import architecture, autocast_dtype, check_dtypes, check_tensors, choose, eager, no_autocast, wide
+from kernels.backend import (
+    architecture,
+    autocast_dtype,
+    check_dtypes,
+    check_tensors,
+    choose,
+    eager,
+    fp32_products,
+    no_autocast,
+    on_device,
+    wide,
+)
 from kernels.compile import Variant
 
 MAX_QUERIES = 16
@@ -69,7 +80,7 @@ def _rows_first(FIRST, b, heads, H, valid):  # type: ignore[no-untyped-def]
     return tl.min(tl.load(FIRST + b * H + heads, mask=valid, other=2147483647), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("S", "blocks"))
 def _update_key_norms_kernel(  # type: ignore[no-untyped-def]
     K, START, NORMS, S, G, blocks, skb, skg, sks, snb, sng, snc, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +104,7 @@ def _update_key_norms_kernel(  # type: ignore[no-untyped-def]
         tl.store(norms + c * snc, high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T", "piece", "pieces"))
 def _decode_attention_first_kernel(  # type: ignore[no-untyped-def]
     Q, K, SLOPES, LENGTHS, NORMS, FIRST, scale2, S, H, R, T,
     sqb, sqs, sqh, skb, skg, skt, snb, sng, snc,
@@ -156,7 +167,7 @@ def _decode_attention_first_kernel(  # type: ignore[no-untyped-def]
     tl.store(FIRST + b * H + h, best * _GRAIN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T", "piece", "pieces"))
 def _decode_attention_split_kernel(  # type: ignore[no-untyped-def]
     Q, K, V, SLOPES, LENGTHS, FIRST, ACC, M, L, scale2, S, H, R, T, piece,
     sqb, sqs, sqh, skb, skg, skt, svb, svg, svt,
@@ -217,7 +228,7 @@ def _decode_attention_split_kernel(  # type: ignore[no-untyped-def]
     tl.store(ACC + out[:, None] * D + offs_d[None, :], acc, mask=valid[:, None] & inside_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T", "piece", "pieces"))
 def _decode_attention_combine_kernel(  # type: ignore[no-untyped-def]
     ACC, M, L, LENGTHS, FIRST, OUT, S, H, R, T, piece, pieces,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -296,13 +307,17 @@ class _Tile(NamedTuple):
     warps: int
 
 
-def _tile(machine: str, rows: int, d: int, dtype: torch.dtype) -> _Tile:
-    """rows: R * S."""
+def _warps(machine: str, dtype: torch.dtype) -> int:
+    return _MACHINES[machine].warps_fp32 if dtype == torch.float32 else _MACHINES[machine].warps
+
+
+def _tile(machine: str, rows: int, d: int, dtype: torch.dtype, told: str = "ieee") -> _Tile:
+    """rows: R * S. told: of fp32 products, by torch's user."""
     block_d = max(triton.next_power_of_2(d), 16)
     most = 16 if dtype == torch.float32 else _MACHINES[machine].rows // (2 if block_d > 128 else 1)
     block_m = min(max(triton.next_power_of_2(rows), 16), most)
     block_n = min(max(_MACHINES[machine].block // (block_d * dtype.itemsize), 16), 128 if block_m == 16 else 64)
-    tf32 = machine != "interpreter" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = dtype == torch.float32 and told == "tf32"
     return _Tile(
         block_d,
         block_m,
@@ -310,7 +325,7 @@ def _tile(machine: str, rows: int, d: int, dtype: torch.dtype) -> _Tile:
         min(max(block_n, 32), 64),
         alibi._RHO_TF32 if tf32 else alibi._RHO,
         "tf32" if tf32 else "ieee",
-        _MACHINES[machine].warps_fp32 if dtype == torch.float32 else _MACHINES[machine].warps,
+        _warps(machine, dtype),
     )
 
 
@@ -334,7 +349,7 @@ def _decode_attention(
     """out (B, S, H, D) and first (B, H) int32, or (0,) where nothing is skipped."""
     (batch, s, h, d), (g, keys) = q.shape, k.shape[1:3]
     r, machine = h // g, architecture(q.device)
-    tile = _tile(machine, r * s, d, q.dtype)
+    tile = _tile(machine, r * s, d, q.dtype, fp32_products(q.device))
     options: dict[str, Any] = {"num_warps": tile.warps, "enable_fp_fusion": True}
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = torch.empty(batch, s, h, d, dtype=q.dtype, device=q.device)
@@ -342,7 +357,7 @@ def _decode_attention(
     first = torch.empty((batch, h) if skipping else (0,), dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out, first
-    with torch.cuda.device_of(q):
+    with on_device(q):
         if skipping:
             assert norms is not None
             _decode_attention_first_kernel[(batch * h,)](
@@ -387,12 +402,12 @@ def _decode_attention(
 def _update_key_norms(norms: Tensor, k: Tensor, start: Tensor) -> None:
     (batch, g, s, d), machine = k.shape, architecture(k.device)
     k = k if k.stride(-1) == 1 else k.contiguous()
-    with torch.cuda.device_of(k):
+    with on_device(k):
         _update_key_norms_kernel[(batch * g,)](
             *(k, start, norms, s, g, norms.shape[2], *k.stride()[:3], *norms.stride()),
             D=d,
             BLOCK_D=max(triton.next_power_of_2(d), 16),
-            num_warps=_tile(machine, 1, d, k.dtype).warps,
+            num_warps=_warps(machine, k.dtype),
             num_stages=_MACHINES[machine].stages,
             enable_fp_fusion=True,
         )
@@ -456,7 +471,7 @@ def variants(architecture: str) -> list[Variant]:
     return found
 
 
-_DIVISIBLE = ("piece", "T", "sqb", "sqs", "sqh", "skb", "skg", "sks", "skt", "svb", "svg", "svt")
+_DIVISIBLE = ("sqb", "sqs", "sqh", "skb", "skg", "sks", "skt", "svb", "svg", "svt")
 
 
 def _argument_type(name: str, dtype: str) -> str:

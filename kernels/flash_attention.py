@@ -12,7 +12,9 @@ Triton (kernels in flash_attention_kernels.py): online softmax over tiles, and a
 probabilities from q, k and lse in one kernel for dq and one for dk and dv, without atomics: it repeats itself bit by
 bit. Saved: q, k, v, out, lse and each tile's first key. q, k, v are read through their strides (views of one Wqkv
 output need no copy), on sm_90 and sm_100 by TMA where addresses and strides are multiples of 16 bytes; a tensor whose
-last stride is not 1, or which alone is not aligned, is copied. Elsewhere: flash_attention_torch.py.
+last stride is not 1, or which alone is not aligned, is copied. fp32 is multiplied as torch's
+`torch.backends.cuda.matmul.fp32_precision` says ("ieee" exactly, "tf32" on NVIDIA); where it says nothing, exactly, but
+on sm_90 in three bf16 parts. Elsewhere: flash_attention_torch.py.
 
 Skipping is on the left of the diagonal: with `prefix_mask` or without causality, keys to the right are all read, and
 serve in the bound as other near keys do.
@@ -38,6 +40,7 @@ from kernels.backend import (
     check_dtypes,
     check_tensors,
     choose,
+    fp32_products,
     no_autocast,
     on_device,
     refuse_second_derivative,
@@ -73,6 +76,14 @@ _INTERPRETER = _Tiles(_Tile(32, 32, 4, 1), _Tile(32, 32, 4, 1), _Tile(32, 32, 4,
 # Exact products of fp32 take no matrix unit: of what was compiled for sm_90 at D 128, this spills the least (0.2 KB
 # forward, 2.4 KB dq, 1.9 KB dk and dv, against 11, 15 and 30 at 32 x 32 with 4 warps).
 _FP32 = _Tiles(_Tile(16, 32, 8, 1), _Tile(16, 32, 8, 1), _Tile(16, 32, 8, 1))
+# On sm_90, where the matrix unit reads from shared memory, products in parts take a fourth to an eighth of the
+# instructions of exact ones, though they spill as well at D 128. On sm_80 all parts lie in registers, and the backward
+# takes more than exact; on sm_100 they do not fit into tensor memory.
+_FP32_SM_90 = {
+    64: _Tiles(_Tile(128, 64, 8, 1), _Tile(128, 64, 8, 1), _Tile(64, 64, 4, 1)),
+    128: _Tiles(_Tile(128, 32, 8, 1), _Tile(128, 32, 8, 1), _Tile(64, 64, 8, 1)),
+    256: _Tiles(_Tile(64, 32, 8, 1), _Tile(64, 32, 8, 1), _Tile(64, 32, 8, 1), split=True),
+}
 _AMPERE = {  # within the 99 KB of sm_86
     64: _Tiles(_Tile(128, 64, 8, 2), _Tile(64, 64, 4, 2), _Tile(64, 64, 4, 2)),
     128: _Tiles(_Tile(128, 64, 8, 2), _Tile(128, 32, 8, 2), _Tile(64, 64, 8, 2)),
@@ -101,13 +112,22 @@ _TILES: dict[str, dict[int, _Tiles]] = {
     "gfx942": _AMD,
 }
 _TMA = {"sm_90", "sm_100"}
+_FAR_ROWS = 2**24  # elements between rows, times the 128 of a tile
 
 
-def _tiles(name: str, d: int, dtype: torch.dtype) -> _Tiles:
+def _tiles(name: str, d: int, dtype: torch.dtype, products: str, dropout: bool) -> _Tiles:
     """The tiles for an architecture's name and a head dimension."""
     if name == "interpreter":
         return _INTERPRETER
-    return _FP32 if dtype == torch.float32 else _TILES[name][max(64, triton.next_power_of_2(d))]
+    if dtype == torch.float32 and (products == "ieee" or name != "sm_90"):
+        return _FP32
+    tiles = (_FP32_SM_90 if dtype == torch.float32 else _TILES[name])[max(64, triton.next_power_of_2(d))]
+    if not dropout:
+        return tiles
+    # random numbers take registers
+    return tiles._replace(
+        **{part: t._replace(n=max(32, t.n // 2)) for part, t in tiles._asdict().items() if part != "split"}
+    )
 
 
 def _splits(tiles: _Tiles, group: int, dropout: bool) -> bool:
@@ -123,7 +143,7 @@ class _Call(NamedTuple):
 
     mode: int  # bits of flash_attention_kernels
     tiles: _Tiles
-    precision: str  # of fp32 products
+    products: str  # Triton's input_precision
     slopes: Tensor | None
     order: Tensor | None  # heads in the order in which programs take them
     kv_order: Tensor | None
@@ -144,10 +164,21 @@ class _Call(NamedTuple):
         return self.key_ids, self.query_ids, self.prefix_mask
 
 
-def _skips(q: Tensor, k: Tensor, slopes: Tensor | None, query_offset: int, skip: bool) -> bool:
+def _products(q: Tensor) -> str:
+    """Triton's input_precision. Of fp32 on sm_90, where nobody said otherwise: six products of the three bf16 parts of
+    a number, which keep its 24 bits on matrix units.
+    """
+    told = fp32_products(q.device) if q.dtype == torch.float32 else "ieee"
+    return ("bf16x6" if architecture(q.device) == "sm_90" else "ieee") if told == "none" else told
+
+
+def _tiles_for(q: Tensor, products: str, dropout_p: float) -> _Tiles:
+    return _tiles(architecture(q.device), q.shape[-1], q.dtype, products, dropout_p > 0)
+
+
+def _skips(tiles: _Tiles, q: Tensor, k: Tensor, slopes: Tensor | None, query_offset: int, skip: bool) -> bool:
     """Whether a call looks for keys to skip: not where the blocks near the diagonal are nearly all."""
-    granule = _tiles(architecture(q.device), q.shape[-1], q.dtype).skip
-    return skip and slopes is not None and min(query_offset + q.shape[1], k.shape[1]) > 4 * granule
+    return skip and slopes is not None and min(query_offset + q.shape[1], k.shape[1]) > 4 * tiles.skip
 
 
 def _call(
@@ -164,6 +195,7 @@ def _call(
     query_offset: int,
     dropout_p: float,
     *,
+    products: str,
     skip: bool,
 ) -> _Call:
     flags = {
@@ -185,15 +217,16 @@ def _call(
         key_ids = torch.where(attention_mask, 0 if query_ids is None else query_ids, -1).int().contiguous()
     prefix_mask = None if prefix_mask is None else prefix_mask.to(torch.int8).contiguous()
     slopes = None if slopes is None else slopes.to(q.device, torch.float32).contiguous()
-    order, kv_order = (
-        _order(slopes, g) if skip and slopes is not None else None for g in (1, q.shape[2] // k.shape[2])
-    )
+    order = kv_order = None
+    if skip and slopes is not None:
+        group = q.shape[2] // k.shape[2]
+        order = _order(slopes, 1)
+        kv_order = order if group == 1 else _order(slopes, group)
     window = min(window or 0, query_offset + q.shape[1] + k.shape[1])
-    tiles = _tiles(architecture(q.device), q.shape[-1], q.dtype)
-    precision = "tf32" if q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    tiles = _tiles_for(q, products, dropout_p)
     seed = seed.to(q.device) if seed is not None and dropout_p > 0 else None
     masks = (key_ids, query_ids, prefix_mask, seed)
-    return _Call(mode, tiles, precision, slopes, order, kv_order, *masks, scale, dropout_p, query_offset, window)
+    return _Call(mode, tiles, products, slopes, order, kv_order, *masks, scale, dropout_p, query_offset, window)
 
 
 def _ids(sequence_id: Tensor) -> Tensor:
@@ -256,8 +289,10 @@ def _aligned(x: Tensor) -> bool:
 
 
 def _readable(*tensors: Tensor) -> tuple[bool, list[Tensor]]:
-    """Whether TMA reads them; the tensors, copied where a last stride is not 1 or where one alone is not aligned."""
-    found = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    """Whether TMA reads them; the tensors, copied where a last stride is not 1, where a tile of rows spans more than 32
+    bits tell, or where one alone is not aligned.
+    """
+    found = [x if x.stride(-1) == 1 and x.stride(1) < _FAR_ROWS else x.contiguous() for x in tensors]
     if architecture(found[0].device) not in _TMA or found[0].shape[-1] * found[0].itemsize % 16:
         return False, found
     return True, [x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in found]
@@ -273,7 +308,7 @@ def _source(x: Tensor, rows: int, tma: bool) -> Any:
     return TensorDescriptor(x, [x.shape[i] for i in order], [*(strides[i] for i in order[:3]), 1], block)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _pairs(s: int, t: int, offset: int, tile: int, triangular: bool) -> int:
     """Query-key pairs of a head in a call without masks, in tiles of rows."""
     ends = [min(first + tile, s) for first in range(0, s, tile)]
@@ -294,9 +329,9 @@ def _flash_attention_fwd(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[
         return out, lse, starts, share
     triangular = bool(device.CAUSAL.value & call.mode) and call.prefix_mask is None
     unit = 1 / (b * h * max(1, _pairs(s, t, call.offset, tile.m, triangular)))
-    key_max = _key_max(k if k.stride(-1) == 1 else k.contiguous(), call.tiles.skip) if skip else None
-    bounds = _bounds(call, b, s, t, tile.m, keys=False)
     tma, (q, k, v) = _readable(q, k, v)
+    key_max = _key_max(k, call.tiles.skip) if skip else None
+    bounds = _bounds(call, b, s, t, tile.m, keys=False)
     device._flash_attention_fwd_kernel[(tiles * b * h,)](
         *(_source(x, rows, tma) for x, rows in ((q, tile.m), (k, tile.n), (v, tile.n))),
         *(out, lse, starts, share, key_max, bounds, *call.masks(), call.slopes, call.order, call.seed),
@@ -309,9 +344,9 @@ def _flash_attention_fwd(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         SKIP_N=call.tiles.skip,
-        RHO=_product_error(q.dtype, call.precision),
+        RHO=_product_error(call.products),
         TMA=tma,
-        PREC=call.precision,
+        PREC=call.products,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,
@@ -319,9 +354,9 @@ def _flash_attention_fwd(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[
     return out, lse, starts, share
 
 
-def _product_error(dtype: torch.dtype, precision: str) -> float:
+def _product_error(products: str) -> float:
     """A bound on the relative error of a product q.k."""
-    return 2.0**-8 if dtype == torch.float32 and precision != "ieee" else 2.0**-12
+    return 2.0**-8 if products == "tf32" else 2.0**-12
 
 
 def _flash_attention_bwd(
@@ -339,11 +374,7 @@ def _flash_attention_bwd(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if q.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
-    start_tiles, blocks, skip = (
-        triton.cdiv(s, tiles.fwd.m),
-        triton.cdiv(t, tiles.skip),
-        bool(device.SKIP.value & call.mode),
-    )
+    start_tiles, blocks = triton.cdiv(s, tiles.fwd.m), triton.cdiv(t, tiles.skip)
     lse2, delta = (torch.empty(b, h, start_tiles * tiles.fwd.m, dtype=torch.float32, device=q.device) for _ in range(2))
     tma, (q, k, v, do) = _readable(q, k, v, do.to(q.dtype))
     dlse = None if dlse is None else dlse.contiguous()
@@ -355,7 +386,7 @@ def _flash_attention_bwd(
         D=_padded(d),
         BLOCK_M=tiles.fwd.m,
     )
-    last = _last_kept(starts, blocks, tiles.skip) if skip else None
+    last = _last_kept(starts, blocks, tiles.skip) if call.skips else None
     common = {
         "MODE": call.mode,
         "GROUP": h // g,
@@ -363,17 +394,18 @@ def _flash_attention_bwd(
         "D": _padded(d),
         "TILE_M": tiles.fwd.m,
         "TMA": tma,
-        "PREC": call.precision,
+        "PREC": call.products,
         "enable_fp_fusion": True,
     }
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(do))
     split = _splits(tiles, h // g, call.dropout_p > 0)
+    tile = tiles.dkdv
+    n = triton.cdiv(t, tile.n)
+    bounds = _bounds(call, b, s, t, tile.n, keys=True)
     for want_dk, want_dv in [(True, False), (False, True)] if split else [(True, True)]:
-        tile = tiles.dkdv
-        n = triton.cdiv(t, tile.n)
         device._flash_attention_bwd_dkdv_kernel[(n * b * g,)](
             *(_source(x, rows, tma) for x, rows in ((q, tile.m), (k, tile.n), (v, tile.n), (do, tile.m))),
-            *(dk, dv, lse2, delta, starts, last, _bounds(call, b, s, t, tile.n, keys=True), *call.masks()),
+            *(dk, dv, lse2, delta, starts, last, bounds, *call.masks()),
             *(call.slopes, call.kv_order, call.seed, call.scale, call.dropout_p, b, h, s, t, call.offset, call.window),
             *(n, start_tiles, blocks, *strides),
             **common,
@@ -446,18 +478,22 @@ def variants(name: str) -> list[Variant]:
     """
     cases = [(d, torch.bfloat16, shape, 1) for d in (64, 128) for shape in _SHAPES]
     cases += [(d, torch.bfloat16, shape, 1) for d in (32, 80, 96, 112, 256) for shape in ("skip", "plain")]
-    cases += [(d, dtype, "skip", 1) for d in (64, 128) for dtype in (torch.float16, torch.float32)]
+    cases += [(d, torch.float16, "skip", 1) for d in (64, 128)]
     cases += [(d, torch.bfloat16, "skip", 4) for d in (64, 128)]
-    found = [_variant(name, part, 128, torch.bfloat16, "skip", 1) for part in _SMALL_KERNELS]
-    for d, dtype, shape, group in cases:
-        split = _splits(_tiles(name, d, dtype), group, "DROPOUT" in _SHAPES[shape])
+    exact = [(*case, "ieee") for case in cases]
+    exact += [(d, torch.float32, "skip", 1, "ieee") for d in (64, 128)]
+    in_parts = [(d, torch.float32, "skip", 1, "bf16x6") for d in (64, 128, 256) if name == "sm_90"]
+    found = [_variant(name, part, 128, torch.bfloat16, "skip", 1, "ieee") for part in _SMALL_KERNELS]
+    for d, dtype, shape, group, products in (*exact, *in_parts):
+        dropout = "DROPOUT" in _SHAPES[shape]
+        split = _splits(_tiles(name, d, dtype, products, dropout), group, dropout)
         parts = ("fwd", "dq", "dk", "dv") if split else ("fwd", "dq", "dkdv")
-        found += [_variant(name, part, d, dtype, shape, group) for part in parts]
+        found += [_variant(name, part, d, dtype, shape, group, products) for part in parts]
     return found
 
 
-def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group: int) -> Variant:
-    main, tiles = part in _MAIN_KERNELS, _tiles(name, d, dtype)
+def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group: int, products: str) -> Variant:
+    main, tiles = part in _MAIN_KERNELS, _tiles(name, d, dtype, products, "DROPOUT" in _SHAPES[shape])
     kernel = getattr(device, f"_flash_attention_{_MAIN_KERNELS.get(part, part)}_kernel")
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     tile = getattr(tiles, "dkdv" if part in ("dk", "dv") else part) if main else _Tile(tiles.fwd.m, tiles.fwd.n, 4, 3)
@@ -474,8 +510,8 @@ def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group
         "TILE_M": tiles.fwd.m,
         "SKIP_N": tiles.skip,
         "TMA": tma,
-        "PREC": "ieee",
-        "RHO": _product_error(dtype, "ieee"),
+        "PREC": products,
+        "RHO": _product_error(products),
         "WANT_DK": part != "dv",
         "WANT_DV": part != "dk",
         "KEYS": True,
@@ -494,9 +530,9 @@ def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group
     if tma:
         blocks = {arg: tile.m if arg in ("Q", "DO") else tile.n for arg in ("Q", "K", "V", "DO") if arg in signature}
         signature |= {arg: f"tensordesc<{short}[1,1,{rows},{_padded(d)}]>" for arg, rows in blocks.items()}
-    numbers = ("scale", "dropout_p", "share", "B", "H", "G", "tiles", "start_tiles", "blocks", "chunks", "n")
-    divisible = tuple(a for a in signature if a not in numbers and not signature[a].startswith("tensordesc"))
-    label = f"{part} D{d} {short} {shape} {tile.m}x{tile.n} warps {tile.warps} group {group}" if main else part
+    divisible = tuple(a for a, kind in signature.items() if kind.startswith("*") or (a[0] == "s" and len(a) == 3))
+    dtypes = short if products == "ieee" else f"{short} as {products}"
+    label = f"{part} D{d} {dtypes} {shape} {tile.m}x{tile.n} warps {tile.warps} group {group}" if main else part
     options = {"enable_fp_fusion": True} if main else {}
     scores = tile.m * tile.n if main else None
     no_spill = main and (name, d) in _NO_SPILL and dtype != torch.float32 and "DROPOUT" not in on
@@ -534,32 +570,34 @@ def _op(
     query_offset: int,
     dropout_p: float,
     skip: bool,
-    triton: bool,
+    products: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, lse, the first keys of tiles, and what sums to `kept`."""
-    if sequence_id is not None and (not triton or sequence_id.device.type == "cpu"):
+    """out, lse, the first keys of tiles, and what sums to `kept`. products: how Triton multiplies; None: torch runs."""
+    if sequence_id is not None and (products is None or sequence_id.device.type == "cpu"):
         _check_order(sequence_id, attention_mask)  # here, where it runs within a compiled graph too
     masks = (attention_mask, sequence_id, prefix_mask)
     with no_autocast(q), on_device(q):
         rest: Any = (causal, scale, window, query_offset, dropout_p)
-        if triton:
-            skips = _skips(q, k, slopes, query_offset, skip)
-            return _flash_attention_fwd(q, k, v, _call(q, k, slopes, *masks, seed, *rest, skip=skips))
+        if products is not None:
+            skips = _skips(_tiles_for(q, products, dropout_p), q, k, slopes, query_offset, skip)
+            return _flash_attention_fwd(
+                q, k, v, _call(q, k, slopes, *masks, seed, *rest, products=products, skip=skips)
+            )
         return plain.attend(q, k, v, plain.make_call(slopes, *masks, seed, *rest), skip)
 
 
 @_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, s, h, d = q.shape
-    query_offset, _, skip, triton = rest[-4:]
+    query_offset, dropout_p, skip, products = rest[-4:]
     lse = q.new_empty((b, h, s), dtype=wide(q.dtype))
-    if not triton:
+    if products is None:
         starts: Any = (k.shape[2] * b, h // k.shape[2], (s + plain.CHUNK - 1) // plain.CHUNK)
         kept = q.new_empty((), dtype=torch.float32)
         return q.new_empty((b, s, h, d)), lse, q.new_empty(starts, dtype=torch.int32), kept
-    tile = _tiles(architecture(q.device), d, q.dtype).fwd.m
-    share = q.new_empty((b, h, (s + tile - 1) // tile), dtype=torch.float32)
-    starts = share.shape if _skips(q, k, slopes, query_offset, skip) else (0,)
+    tiles = _tiles_for(q, products, dropout_p)
+    share = q.new_empty((b, h, (s + tiles.fwd.m - 1) // tiles.fwd.m), dtype=torch.float32)
+    starts = share.shape if _skips(tiles, q, k, slopes, query_offset, skip) else (0,)
     return q.new_empty((b, s, h, d)), lse, q.new_empty(starts, dtype=torch.int32), share
 
 
@@ -583,15 +621,15 @@ def _op_backward(
     window: int | None,
     query_offset: int,
     dropout_p: float,
-    triton: bool,
+    products: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. out and lse: for Triton alone."""
     masks = (attention_mask, sequence_id, prefix_mask)
     with no_autocast(q), on_device(q):
         rest: Any = (causal, scale, window, query_offset, dropout_p)
-        if triton:
+        if products is not None:
             assert out is not None and lse is not None
-            call = _call(q, k, slopes, *masks, seed, *rest, skip=starts.numel() > 0)
+            call = _call(q, k, slopes, *masks, seed, *rest, products=products, skip=starts.numel() > 0)
             return _flash_attention_bwd(do, dlse, q, k, v, out, lse, starts, call)
         return plain.attend_backward(do, dlse, q, k, v, starts, plain.make_call(slopes, *masks, seed, *rest))
 
@@ -603,9 +641,9 @@ def _(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: A
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # mostly nothing depends on lse
-    *settings, _, triton = inputs[8:]
-    ctx.settings = (*settings, triton)
-    ctx.save_for_backward(*inputs[:3], *(output[:2] if triton else (None, None)), output[2], *inputs[3:8])
+    *settings, _, products = inputs[8:]
+    ctx.settings = (*settings, products)
+    ctx.save_for_backward(*inputs[:3], *((None, None) if products is None else output[:2]), output[2], *inputs[3:8])
 
 
 def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
@@ -676,8 +714,12 @@ def flash_attention(
         raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and at least 0, or None for 1/sqrt(D)")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1")
-    if dropout_p and not isinstance(seed, Tensor):
-        seed = torch.randint(2**62, ()) if seed is None else torch.tensor(seed)
+    if dropout_p and not isinstance(seed, Tensor):  # on the device: a copy to it would wait, and no CUDA graph takes it
+        seed = (
+            torch.randint(2**62, (), device=q.device)
+            if seed is None
+            else torch.full((), seed, dtype=torch.int64, device=q.device)
+        )
     slopes = None if alibi_slopes is None else alibi_slopes.detach()
     unfit = f"its kernels take head dimensions up to 256, not {q.shape[-1]}" if q.shape[-1] > 256 else None
     which = choose("flash_attention", q, backend, unfit=unfit)
@@ -690,7 +732,8 @@ def flash_attention(
             kwargs |= {"window": window, "query_offset": query_offset, "dropout_p": dropout_p, "seed": seed}
             return reference.flash_attention(q, k, v, **kwargs, return_lse=return_lse, return_kept=return_kept)
     masks_ = tuple(None if m is None else m.bool() for m in (attention_mask, prefix_mask))
-    rest = (causal, scale, window, query_offset, dropout_p, skip, which == "triton")
+    products = _products(q) if which == "triton" else None
+    rest = (causal, scale, window, query_offset, dropout_p, skip, products)
     out, lse, _, kept = _op(q, k, v, slopes, masks_[0], sequence_id, masks_[1], seed if dropout_p else None, *rest)
     if not (return_lse or return_kept):
         return out

@@ -38,6 +38,8 @@ LARGE = tl.constexpr(3.0e38)  # stands for inf and NaN
 TINY = tl.constexpr(2.0**-118)  # at least 256 squares that were flushed to zero
 BIAS_ERROR = tl.constexpr(1.0 - 2.0**-20)
 BITS = tl.constexpr(24.0 + 1.0 / 16)
+# Arguments that differ between calls, whose value a compiled kernel must not depend on: one serves every length.
+SIZES = ("B", "H", "G", "S", "T", "off", "window", "tiles", "start_tiles", "blocks", "chunks", "n")
 NEAR = tl.constexpr(1)  # skip blocks before the diagonal one from which a row's total is bounded, beside that one
 
 
@@ -283,7 +285,7 @@ def _row_range(BOUNDS, tile, n0, off, S, window, MODE: tl.constexpr, M: tl.const
     return lo, full_lo, full_hi, hi
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _flash_attention_bounds_kernel(
     BOUNDS, KEY_IDS, QUERY_IDS, PREFIX_MASK, S, T, off, tiles,
     MODE: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
@@ -354,7 +356,7 @@ def _norm(x):
     return tl.where(n < LARGE, n, LARGE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _flash_attention_key_norm_kernel(
     KEY_MAX, K, T, G, blocks, skb, skh, skn, DH: tl.constexpr, D: tl.constexpr, SKIP_N: tl.constexpr
 ):
@@ -372,7 +374,7 @@ def _larger(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _flash_attention_key_max_kernel(KEY_MAX, n, CHUNK: tl.constexpr):
     """Each row of n becomes its running maximum, in place: entry c then holds the largest norm before block c."""
     row = KEY_MAX + tl.program_id(0) * n
@@ -385,7 +387,7 @@ def _flash_attention_key_max_kernel(KEY_MAX, n, CHUNK: tl.constexpr):
         carry = tl.max(x, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _flash_attention_order_kernel(ORDER, SLOPES, n, GROUP: tl.constexpr, N: tl.constexpr):
     """ORDER (n,): groups of GROUP heads by ascending slope (each by its smallest): those that keep most come first."""
     i = tl.arange(0, N)
@@ -451,7 +453,7 @@ def _first_kept(KEY_MAX, last, qn, L, counts, n, pos0, qk_scale, slope, SKIP_N: 
     return lo
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _flash_attention_last_kept_kernel(
     LAST, START, tiles, blocks, chunks, SKIP_N: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr
 ):
@@ -480,6 +482,7 @@ def _fwd_loop(
     rel = tl.arange(0, N)
     rows = start_m + tl.arange(0, M)
     cb = rel.to(tl.float32) * slope2
+    away = (lo - off - start_m).to(tl.float32)  # exact below 2^24 keys
     for n0 in tl.range(lo, hi, N):
         n0 = tl.multiple_of(n0, N)
         k = _rows(K, b, hk, n0, skn, T, DH, D, N, CHECK, TMA)
@@ -488,7 +491,8 @@ def _fwd_loop(
             s = _scores(
                 qk, off + rows, n0 + rel, qid, KEY_IDS, PREFIX_MASK, T, window, qk_scale, slope2, cb, CHECK, MODE
             )
-            shift = _shift(slope2, n0 - off - start_m, MODE)
+            shift = _shift(slope2, away, MODE)
+            away += N
             m_new = tl.maximum(m, tl.max(s, 1) + shift)
             p = _exp(s - (m_new - shift)[:, None], MODE)
         else:
@@ -504,7 +508,7 @@ def _fwd_loop(
     return acc, l, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _flash_attention_fwd_kernel(
     Q, K, V, O, LSE, START, SHARE, KEY_MAX, BOUNDS, KEY_IDS, QUERY_IDS, PREFIX_MASK, SLOPES, ORDER, SEED,
     scale, dropout_p, share, B, H, S, T, off, window, tiles, blocks,
@@ -588,7 +592,7 @@ def _flash_attention_fwd_kernel(
 # ---- backward --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _flash_attention_bwd_delta_kernel(
     O, DO, LSE, DLSE, LSE2, DELTA, H, S, tiles, sdb, sdh, sdm,
     LSE_GRADIENT: tl.constexpr, MODE: tl.constexpr, DH: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -639,7 +643,7 @@ def _dq_loop(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _flash_attention_bwd_dq_kernel(
     Q, K, V, DO, DQ, LSE2, DELTA, START, BOUNDS, KEY_IDS, QUERY_IDS, PREFIX_MASK, SLOPES, ORDER, SEED,
     scale, dropout_p, B, H, S, T, off, window, tiles, start_tiles,
@@ -740,7 +744,7 @@ def _dkdv_loop(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _flash_attention_bwd_dkdv_kernel(
     Q, K, V, DO, DK, DV, LSE2, DELTA, START, LAST, BOUNDS, KEY_IDS, QUERY_IDS, PREFIX_MASK, SLOPES, ORDER, SEED,
     scale, dropout_p, B, H, S, T, off, window, tiles, start_tiles, blocks,

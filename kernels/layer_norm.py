@@ -54,7 +54,7 @@ def _load_total(X, RESIDUAL, TOTAL, row, x_stride, r_stride, offs_d, mask):  # t
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     X, RESIDUAL, W, B, Y, TOTAL, MEAN, RSTD, x_stride, r_stride, rows, eps,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -83,7 +83,7 @@ def _layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     tl.store(Y + offs, y.to(Y.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _layer_norm_fwd_wide_kernel(  # type: ignore[no-untyped-def]
     X, RESIDUAL, W, B, Y, TOTAL, MEAN, RSTD, x_stride, r_stride, rows, eps,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -134,7 +134,7 @@ def _load_unit(H, W, MEAN, rstd, row, in_rows, h_stride, offs_d, mask):  # type:
     return h * rstd[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
     DY, DTOTAL, H, W, MEAN, RSTD, DH, PARTIAL, dy_stride, dt_stride, h_stride, rows,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
@@ -172,7 +172,7 @@ def _layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
         tl.store(PARTIAL + programs * D + offs, tl.sum(db, 0), offs_d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _layer_norm_bwd_wide_kernel(  # type: ignore[no-untyped-def]
     DY, DTOTAL, H, W, MEAN, RSTD, DH, dy_stride, dt_stride, h_stride, rows,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -209,7 +209,7 @@ def _layer_norm_bwd_wide_kernel(  # type: ignore[no-untyped-def]
         tl.store(DH + row[:, None] * D + offs_d[None, :], dh.to(DH.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _layer_norm_bwd_columns_kernel(  # type: ignore[no-untyped-def]
     DY, H, W, MEAN, RSTD, PARTIAL, dy_stride, h_stride, rows,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,

@@ -30,6 +30,7 @@ from kernels.backend import (
     check_tensors,
     choose,
     eager,
+    fp32_products,
     no_autocast,
     on_device,
     refuse_second_derivative,
@@ -123,7 +124,7 @@ def _mlp_fwd_tile(acc, B, PRE, ACT, start_m, start_n, rows, f, BLOCK_M: tl.const
     tl.store(ACT + begin + offs, _gelu(pre.to(tl.float32)).to(ACT.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _mlp_fwd_kernel(  # type: ignore[no-untyped-def]
     X, W, B, PRE, ACT, x_stride, rows, f, d,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -149,7 +150,7 @@ def _mlp_bwd_tile(dact, PRE, DPRE, ACT, start_m, start_n, rows, f, BLOCK_M: tl.c
         tl.store(ACT + begin + offs, _gelu(pre).to(ACT.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _mlp_bwd_kernel(  # type: ignore[no-untyped-def]
     DY, W, PRE, DPRE, ACT, dy_stride, rows, f, d,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -250,8 +251,7 @@ _POINTWISE = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": True}  # 16 byt
 def _launch(direction: str, a: Tensor, f: int, d: int) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the options of a product A W with A (rows, d) and f columns."""
     tile = getattr(_TILES[architecture(a.device)], "fp32" if a.dtype == torch.float32 else direction)
-    fp32 = a.device.type == "cuda" and a.dtype == torch.float32 and not torch.version.hip
-    tf32 = fp32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = a.dtype == torch.float32 and fp32_products(a.device) == "tf32"
     options = {
         "EVEN_K": d % tile.k == 0,
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -268,7 +268,7 @@ def _launch(direction: str, a: Tensor, f: int, d: int) -> tuple[tuple[int], dict
 
 def _rows(a: Tensor) -> Tensor:
     """a, with neighbouring elements of a row adjacent."""
-    return a if a.stride(1) == 1 and a.stride(0) >= a.shape[1] else a.contiguous()
+    return a if a.stride(1) == 1 and a.shape[1] <= a.stride(0) < 2**24 else a.contiguous()  # 32 bits within a tile
 
 
 def _mlp_fwd(x: Tensor, up: Tensor, up_b: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:

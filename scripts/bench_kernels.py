@@ -142,7 +142,7 @@ def main() -> int:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
-    lengths = [512, 2048, 8192, 16384, 32768, 65536] if gpu else [512, 2048]
+    lengths = [512, 2048, 8192, *([16384, 32768, 65536] if gpu else [])]
     parser.add_argument("--op", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--seq-len", type=int, nargs="+", default=lengths, help="of attention; elsewhere the tokens")
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 112, 128] if gpu else [64])

@@ -8,7 +8,7 @@ import triton.language as tl
 from kernels.compile import Variant
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("scale",))
 def _attend_kernel(Q, K, V, O, S, scale, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """One head, no mask; S a multiple of the tile."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -18,6 +18,8 @@ if DEVICE == "cpu":
 
 import torch  # noqa: E402
 
+torch.backends.cuda.matmul.fp32_precision = "ieee"  # so that kernels multiply exactly too
+
 SEED = int(os.environ.get("MPT_TEST_SEED", torch.seed() % 2**31))
 
 

@@ -109,7 +109,7 @@ def trained() -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
 def starts(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, *, triton: bool, **rules: Any) -> Tensor:
     """The first key that each query is given, (B, H, S), for as many heads of k as of q."""
     masks = (rules.get(name) for name in ("attention_mask", "sequence_id", "prefix_mask"))
-    settings = (True, q.shape[-1] ** -0.5, rules.get("window"), 0, 0.0, True, triton)
+    settings = (True, q.shape[-1] ** -0.5, rules.get("window"), 0, 0.0, True, "ieee" if triton else None)
     found = torch.ops.mpt.flash_attention(q, k, v, slopes, *masks, None, *settings)[2]
     if not triton:  # (heads * batch, 1, chunks)
         found = found.view(q.shape[2], q.shape[0], -1).transpose(0, 1)

@@ -30,6 +30,25 @@ def test_precedence(monkeypatch: pytest.MonkeyPatch):
     assert backend.choose("mlp", X, "auto") == "torch"
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_what_torch_was_told_about_fp32(older: bool, monkeypatch: pytest.MonkeyPatch):
+    """By either of its settings; the older cannot be read where the newer was set."""
+    matmul, gpu = torch.backends.cuda.matmul, torch.device("cuda")
+    before = matmul.fp32_precision
+    try:
+        assert backend.fp32_products(gpu) == before
+        if older:
+            matmul.allow_tf32 = True
+        else:
+            matmul.fp32_precision = "tf32"
+        assert backend.fp32_products(gpu) == "tf32"
+        assert backend.fp32_products(torch.device("cpu")) == "ieee"
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert backend.fp32_products(gpu) == "none"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_a_bad_name_says_where_it_came_from(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"backend is 'cuda'; it must be one of auto, triton, torch, reference"):
         kernels.layer_norm(X, X[0], backend="cuda")

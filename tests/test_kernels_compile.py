@@ -349,6 +349,7 @@ for changes in (
     {"signature": dict(good.signature, X="*bf16")},
     {"constants": {"D": 64}},
     {"divisible": ("D",)},
+    {"divisible": ("scale",)},
     {"constants": dict(good.constants, scale=1.0)},
     {"kernel": print},
 ):
@@ -360,9 +361,9 @@ for changes in (
     done = run(code)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    for line, name in zip(lines, ("['X']", "['BLOCK_M', 'BLOCK_N']", "['D']", "['scale']"), strict=False):
+    for line, name in zip(lines, ("['X']", "['BLOCK_M', 'BLOCK_N']", "['D']", "['scale']", "['scale']"), strict=False):
         assert f"arguments {name} are unknown, given twice or missing" in line
-    assert "kernel is builtin_function_or_method" in lines[4]
+    assert "kernel is builtin_function_or_method" in lines[5]
 
 
 def test_every_kernel_is_among_the_variants():

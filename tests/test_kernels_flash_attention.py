@@ -248,7 +248,7 @@ def test_the_backward_takes_the_forwards_pairs():
     """Keys that were skipped for every query get exactly zero gradient; those kept do not."""
     q, k, v = (t.requires_grad_() for t in qkv(1, 1024, 4, 16))
     out, _, starts, _ = torch.ops.mpt.flash_attention(
-        q[:, 512:], k, v, kernels.alibi_slopes(4) * 2, None, None, None, None, True, 0.25, None, 512, 0.0, True, False
+        q[:, 512:], k, v, kernels.alibi_slopes(4) * 2, None, None, None, None, True, 0.25, None, 512, 0.0, True, None
     )
     dk, dv = torch.autograd.grad(out.sum(), (k, v))
     first = starts.view(4, -1).amin(-1)
@@ -312,8 +312,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("case", "dtype"), zip(CASES, (torch.bfloat16, torch.float32, torch.bfloat16)))
 def test_opcheck(case: dict, dtype: torch.dtype):
     q, k, v = (t.to(dtype).requires_grad_() for t in qkv(2, 140, 4, 8, 2))
     m = masks(2, 140)
@@ -326,12 +325,12 @@ def test_opcheck(case: dict, dtype: torch.dtype):
     given = [tensors[n] if case.get(n) else None for n in tensors]
     seed = torch.tensor(3) if "seed" in case else None
     settings = (True, 0.3, case.get("window"), 0, case.get("dropout_p", 0.0))
-    torch.library.opcheck(torch.ops.mpt.flash_attention, (q, k, v, *given, seed, *settings, True, False))
+    torch.library.opcheck(torch.ops.mpt.flash_attention, (q, k, v, *given, seed, *settings, True, None))
     with torch.no_grad():
-        starts = torch.ops.mpt.flash_attention(q, k, v, *given, seed, *settings, True, False)[2]
+        starts = torch.ops.mpt.flash_attention(q, k, v, *given, seed, *settings, True, None)[2]
         for dlse in (None, torch.randn(2, 4, 140)):
             saved = (q.detach(), k.detach(), v.detach(), None, None, starts)
-            args = (torch.randn_like(q), dlse, *saved, *given, seed, *settings, False)
+            args = (torch.randn_like(q), dlse, *saved, *given, seed, *settings, None)
             torch.library.opcheck(torch.ops.mpt.flash_attention_backward, args)
 
 

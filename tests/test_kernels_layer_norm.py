@@ -180,8 +180,7 @@ def test_gradients_are_the_same_every_time(d: int, backend: str):
 
 
 @pytest.mark.parametrize("triton", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize(("rms", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 @pytest.mark.parametrize("residual", [False, True])
 def test_opcheck(residual: bool, rms: bool, dtype: torch.dtype, triton: bool):
     x, w, b, r = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((3, 5, 8), (8,), (8,), (3, 5, 8)))

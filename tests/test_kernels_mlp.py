@@ -97,9 +97,8 @@ def test_autocast(backend: str | None):
     assert [g.dtype for g in grads] == [torch.float32] * 5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bias", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 @pytest.mark.parametrize("chunk_size", [None, 4])
-@pytest.mark.parametrize("bias", [False, True])
 def test_opcheck(bias: bool, chunk_size: int | None, dtype: torch.dtype):
     given = [None if t is None else t.to(dtype).requires_grad_() for t in inputs((9,), 8, 12, bias)]
     torch.library.opcheck(torch.ops.mpt.mlp, (*given, chunk_size, False))

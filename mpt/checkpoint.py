@@ -78,7 +78,10 @@ def save_hf(
         for path in (temporary, _old(folder)):
             _check_replaceable(path)
         _remove(temporary)
-        temporary.mkdir(parents=True)
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be made ({error.strerror}); give a place that can be written") from None
         # First, so that what a killed process leaves is known for an export.
         config.save_pretrained(temporary, architecture=architecture)
     expected = parameter_shapes(config, architecture)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpt.cache import MptCache
+from mpt.model import FOREIGN_INPUTS, refuse_unknown
 
 if TYPE_CHECKING:
     from mpt.heads import MptForCausalLM
@@ -16,6 +17,26 @@ if TYPE_CHECKING:
 
 PREFILL = 2048  # tokens of a prompt that are read at once, over all rows
 ROOM = 4096  # new tokens that a cache is made for in advance
+# Of transformers' generate: what to do instead here.
+BEAMS = "there is no beam search; leave it out"
+ONE_BY_ONE = "pass the arguments themselves, such as max_new_tokens and do_sample"
+FOREIGN_ARGUMENTS = FOREIGN_INPUTS | {
+    "inputs": "its name is input_ids",
+    "inputs_embeds": "prompts are token ids: pass input_ids",
+    "token_type_ids": "a row is one text; leave it out",
+    "max_length": "pass max_new_tokens, which counts new tokens only",
+    "min_length": "there is no least length; leave it out",
+    "min_new_tokens": "there is no least length; leave it out",
+    "num_beams": BEAMS,
+    "num_beam_groups": BEAMS,
+    "length_penalty": BEAMS,
+    "early_stopping": BEAMS,
+    "generation_config": ONE_BY_ONE,
+    "logits_processor": ONE_BY_ONE,
+    "stopping_criteria": "pass eos_token_id, or stop_strings with tokenizer",
+    "return_dict_in_generate": "it returns the ids; for scores call the model on them",
+    "output_scores": "it returns the ids; for scores call the model on them",
+}
 LONGEST_CHARACTER = 5  # tokens whose text may wait: a character has up to 4 bytes
 
 
@@ -56,6 +77,7 @@ def generate(
     streamer: Streamer | None = None,
     use_cache: bool = True,
     past_key_values: MptCache | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     """Continue each row of input_ids (B, S): (B * num_return_sequences, S + new tokens), prompts included, left-padded.
 
@@ -76,8 +98,9 @@ def generate(
     A prompt is read in pieces of PREFILL tokens of all rows together, which bounds memory at any length; with prefix_lm
     at once, since it sees itself both ways.
     The token that ends a row is kept. The model runs in eval mode and is left as it was. ValueError names the argument
-    that does not fit.
+    that does not fit, TypeError one that does not exist.
     """
+    refuse_unknown(generate, kwargs, FOREIGN_ARGUMENTS)
     _check_prompt(model, input_ids, attention_mask, max_new_tokens)
     _check_numbers(do_sample, temperature, top_k, top_p, repetition_penalty, num_return_sequences, seed)
     stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())

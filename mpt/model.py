@@ -5,7 +5,7 @@ import difflib
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -44,6 +44,8 @@ FOREIGN_ARGUMENTS = {
     "quantization_config": "weights are floating; pass dtype=torch.bfloat16 for half the memory",
     "state_dict": "build the model of its configuration and call load_state_dict",
 }
+# What a forward is asked for elsewhere.
+FOREIGN_INPUTS = {"position_ids": "positions follow from attention_mask; leave it out"}
 
 
 class AttentionRules:
@@ -463,6 +465,7 @@ class MptPreTrainedModel(nn.Module):
         if config is not None and overrides:
             raise ValueError(f"config and {', '.join(overrides)} are given; set the fields in config")
         overrides, dtype = _config_fields(overrides), _floating(dtype)
+        _check_device(torch.device(device))
         source = path_or_name
         if not isinstance(source, checkpoint.Source):
             source = checkpoint.open_checkpoint(source, revision=revision, check_hashes=True)
@@ -767,12 +770,26 @@ def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return named
 
 
-def refuse_unknown(method: Callable[..., Any], given: dict[str, Any]) -> None:
-    """TypeError for keyword arguments that a forward does not have, with the nearest that it has."""
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ValueError(f"device is {device}, but torch sees no GPU; give cpu, or install a CUDA build of torch")
+    if (device.index or 0) >= count:
+        raise ValueError(f"device is {device}, but torch sees {count} GPUs, whose numbers begin at 0; give another")
+
+
+def refuse_unknown(
+    method: Callable[..., Any], given: dict[str, Any], foreign: Mapping[str, str] = FOREIGN_INPUTS
+) -> None:
+    """TypeError for keyword arguments that a method does not have: with what `foreign` says of a name that other
+    libraries have, else the nearest that it has.
+    """
     for name in given:
-        known = [n for n in inspect.signature(method).parameters if n not in ("self", "kwargs")]
+        known = [n for n in list(inspect.signature(method).parameters)[1:] if n != "kwargs"]  # the first is the model
         close = difflib.get_close_matches(name, known, n=1)
-        advice = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+        advice = foreign.get(name) or (f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}")
         raise TypeError(f"{method.__qualname__}() has no argument {name!r}; {advice}")
 
 

@@ -16,7 +16,8 @@ from trainer.data import unigram_entropy
 def learned(run: Path) -> tuple[float, float, str]:
     """The run's validation loss, what it has to be under, in nats per token, and what that is.
 
-    Of token shards: the unigram entropy of the corpus. Of a fine-tune: the loss before the first step.
+    Of token shards: the unigram entropy of the corpus that it trained on. Of a fine-tune: the loss before the first
+    step.
     """
     config = load_config(run / "config.yaml")
     loader = config.train_loader
@@ -29,8 +30,9 @@ def learned(run: Path) -> tuple[float, float, str]:
         return loss, float(base), "the base model's loss"
     if loader.dataset.local is None:
         raise InputError(f"{run}: trained on a mix, which has no one unigram entropy; give a run on one data folder")
-    entropy = unigram_entropy(loader.dataset.local, loader.dataset.split or "train")
-    return loss, entropy, "unigram entropy of the corpus"
+    split = loader.dataset.split or "train"
+    name = f"unigram entropy of the corpus (its {split} split; summary.json has that of the validation split)"
+    return loss, unigram_entropy(loader.dataset.local, split), name
 
 
 def largest_difference(export: Path, length: int) -> float:
@@ -39,6 +41,7 @@ def largest_difference(export: Path, length: int) -> float:
 
     from mpt import MptForCausalLM
 
+    transformers.utils.logging.disable_progress_bar()
     ours = MptForCausalLM.from_pretrained(export).eval()
     theirs = transformers.MptForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     length = min(length, ours.config.max_seq_len)  # transformers goes no further
@@ -70,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.run}: {verdict}: validation loss {loss:.4f} nats per token, {name} {bar:.4f}: {below:.2f} under it "
         f"({args.margin:g} expected)"
     )
+    if below < args.margin:
+        print("If the run was a short one, train for longer (max_duration) or ask for less (--margin)")
     difference = largest_difference(args.run / "export", args.length)
     same = "equal" if difference <= args.tolerance else "DIFFERENT"
     print(f"{args.run / 'export'}: logits {same} to transformers' (largest relative difference {difference:.1e})")

@@ -62,7 +62,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--chat goes without --instruct, --num-return-sequences and --no-cache")
     if args.system is not None and not args.chat:
         parser.error("--system goes with --chat")
+    if args.num_return_sequences > 1 and not draws(args):
+        parser.error(
+            f"--num-return-sequences {args.num_return_sequences}: without drawing they would be equal; add --do-sample"
+        )
     return args
+
+
+def draws(args: argparse.Namespace) -> bool:
+    """Whether tokens are drawn."""
+    return args.do_sample or any(v is not None for v in (args.temperature, args.top_k, args.top_p))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,7 +153,7 @@ def options(args: argparse.Namespace, model: "MptForCausalLM", prompt: int) -> d
             raise Unusable(f"the text has {prompt} tokens, and the model's positions end at {config.max_seq_len}")
     return {
         "max_new_tokens": new,
-        "do_sample": args.do_sample or any(v is not None for v in (args.temperature, args.top_k, args.top_p)),
+        "do_sample": draws(args),
         "temperature": 1.0 if args.temperature is None else args.temperature,
         "top_k": args.top_k,
         "top_p": 1.0 if args.top_p is None else args.top_p,
@@ -173,7 +182,7 @@ def complete(model: "MptForCausalLM", tokenizer: "Tokenizer", prompt: str, args:
     if not ids:
         raise Unusable(f"the prompt {prompt!r} has no tokens; give a text to go on from")
     several = args.num_return_sequences > 1
-    printer = Printer(tokenizer, args.stop)
+    printer = Printer(tokenizer, args.stop, args.eos_token_id)
     out = model.generate(
         torch.tensor([ids], device=model.device),
         **options(args, model, len(ids)),
@@ -186,21 +195,24 @@ def complete(model: "MptForCausalLM", tokenizer: "Tokenizer", prompt: str, args:
     if several:
         for i, row in enumerate(out):
             print(f"--- {i + 1}")
-            printer = Printer(tokenizer, args.stop)
+            printer = Printer(tokenizer, args.stop, args.eos_token_id)
             for token in (row[:0], *row[len(ids) :, None]):
                 printer.put(token)
             printer.end()
 
 
 class Printer:
-    """A streamer that prints one row's text: whole characters, and nothing of a text that ends it."""
+    """A streamer that prints one row's text: whole characters, and nothing of a text that ends it.
 
-    def __init__(self, tokenizer: "TextDecoder", stops: Sequence[str]) -> None:
+    Where one of `ends` or of `stops` comes first there is no text, which is said on standard error.
+    """
+
+    def __init__(self, tokenizer: "TextDecoder", stops: Sequence[str], ends: Sequence[int] = ()) -> None:
         from mpt.generate import TextStream
 
         self.ids: list[int] = []
-        self._stream, self._stops = TextStream(tokenizer), stops
-        self._held, self._prompt, self._stopped = "", True, False
+        self._stream, self._stops, self._ends = TextStream(tokenizer), stops, ends
+        self._held, self._prompt, self._stopped, self._empty = "", True, False, True
 
     def put(self, value: "Tensor") -> None:
         """The prompt first, which is not printed, then one token at a time."""
@@ -215,6 +227,8 @@ class Printer:
         """The rest, and a line's end."""
         self._write(self._stream.pending())
         print(self._held, flush=True)
+        if (self.ids and self.ids[0] in self._ends) or (self._stopped and self._empty):
+            print("note: no text: what ends it came first", file=sys.stderr)
         self._held = ""
 
     def _write(self, text: str) -> None:
@@ -227,6 +241,7 @@ class Printer:
         else:  # what may be the beginning of a stop string waits
             kept = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
             text, self._held = text[: len(text) - kept], text[len(text) - kept :]
+        self._empty = self._empty and not text
         print(text, end="", flush=True)
 
 
@@ -254,7 +269,7 @@ class Chat:
         """Answers messages, one per line, until the input ends or a line is empty. Ctrl-C ends an answer."""
         while said := self._listen():
             self.ask(said)
-            printer = Printer(self.tokenizer, self.stops)
+            printer = Printer(self.tokenizer, self.stops, self.ends)
             try:
                 self._answer(printer)
             except KeyboardInterrupt:

@@ -281,6 +281,16 @@ def test_save_errors(tmp_path: Path) -> None:
     for size in ("5 apples", 0):
         with pytest.raises(ValueError, match="max_shard_size is"):
             save_hf(named, ours.config, tmp_path / "a", max_shard_size=size)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/a cannot be made \(Not a directory\); give a place"):
+        ours.save_pretrained(tmp_path / "file" / "a")
+
+
+@pytest.mark.parametrize(("count", "message"), [(0, "cuda:2, but torch sees no GPU; give cpu"), (2, "sees 2 GPUs")])
+def test_a_device_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, message: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ValueError, match=message):
+        MptForCausalLM.from_pretrained(tmp_path / "read later", device="cuda:2")
 
 
 def test_save_warns_of_what_transformers_ignores(tmp_path: Path) -> None:

@@ -276,6 +276,22 @@ def test_refuses(kwargs: dict, message: str) -> None:
         model({"alibi": False}).generate(**({"input_ids": IDS, "max_new_tokens": 3} | kwargs))
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("max_new_token", r"did you mean 'max_new_tokens'\?"),
+        ("max_length", "pass max_new_tokens, which counts new tokens only"),
+        ("num_beams", "there is no beam search"),
+        ("generation_config", "pass the arguments themselves"),
+        ("position_ids", "positions follow from attention_mask"),
+        ("qqq", "it has input_ids, attention_mask, max_new_tokens, .*past_key_values$"),
+    ],
+)
+def test_unknown_arguments(name: str, advice: str) -> None:
+    with pytest.raises(TypeError, match=rf"generate\(\) has no argument '{name}'; {advice}"):
+        model().generate(IDS, **{name: 4})
+
+
 def test_logits_that_are_not_finite() -> None:
     broken = model()
     broken.transformer.norm_f.weight.data[3] = torch.nan

@@ -85,6 +85,22 @@ def test_stop_is_not_printed(tmp_path, capsys):
     assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
 
 
+def test_an_answer_without_text_is_told(tmp_path, capsys):
+    """An end token, of one row or of several, or a stop text before anything else."""
+    save(tmp_path)
+    note, folder = "note: no text: what ends it came first\n", str(tmp_path)
+    every = ["--eos-token-id", *map(str, range(260))]
+    assert generate.main([folder, "--prompt", "one", *every]) == 0
+    assert capsys.readouterr().err == note
+    assert generate.main([folder, "--prompt", "one", *every, "--do-sample", "--num-return-sequences", "2"]) == 0
+    assert capsys.readouterr().err == 2 * note
+    assert generate.main([folder, "--prompt", "one", "--max-new-tokens", "9"]) == 0
+    text, said = capsys.readouterr()
+    assert said == ""
+    assert generate.main([folder, "--prompt", "one", "--max-new-tokens", "9", "--stop", text[:3]]) == 0
+    assert capsys.readouterr() == ("\n", note)
+
+
 @pytest.mark.filterwarnings("ignore:transformers")
 def test_learned_positions_shorten_the_text(tmp_path, capsys):
     model, tokenizer = save(tmp_path, max_seq_len=10, attn_config={"alibi": False}), byte_tokenizer()
@@ -246,7 +262,8 @@ def test_refuses(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
     assert "the prompt is empty (standard input)" in refused(folder, "--instruct")
     assert "top_k is 0" in refused(folder, "--prompt", "a", "--top-k", "0")
-    assert "on cuda:9" in refused(folder, "--prompt", "a", "--device", "cuda:9")
+    assert "device is cuda:99, but torch sees" in refused(folder, "--prompt", "a", "--device", "cuda:99")
+    assert "on nowhere" in refused(folder, "--prompt", "a", "--device", "nowhere")
     (folder / "tokenizer.json").write_text("{}")
     assert "cannot read it" in refused(folder, "--prompt", "a")
     (folder / "tokenizer.json").unlink()
@@ -257,9 +274,11 @@ def test_refuses(tmp_path, capsys, monkeypatch):
         ["x", "--chat", "--prompt", "a"],
         ["x", "--chat", "--instruct"],
         ["x", "--prompt", "a", "--system", "s"],
+        ["x", "--prompt", "a", "--num-return-sequences", "2"],
     ):
         with pytest.raises(SystemExit):
             generate.parse(argv)
+    assert "--num-return-sequences 2: without drawing they would be equal; add --do-sample" in capsys.readouterr().err
 
 
 def test_the_guide(capsys):

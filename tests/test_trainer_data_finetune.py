@@ -386,13 +386,14 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, tokenizer):
         ({"hf_name": "./a"}, r"train_loader.dataset.hf_name=./a is no hub data set"),
         ({"local": "nowhere"}, "train_loader.dataset.local=nowhere: no such file or folder; a hub data set"),
         ({"local": "FOLDER", "split": "test"}, r"no JSON lines, .* in it named test.jsonl, .* and no folder test"),
+        ({"local": "FOLDER/train.jsonl", "split": "test"}, r"is one file, .*dataset.split=test; to take all of it set"),
         ({"local": "FOLDER", "template": "{"}, "train_loader.dataset.template='{' is no format string"),
         ({"local": "FOLDER", "fields": FieldsConfig(roles={"a": "b"})}, r"train_loader.dataset.fields.roles.a='b'"),
     ],
 )
 def test_datasets_that_cannot_be_opened(tmp_path, tokenizer, dataset, message):
     write(tmp_path / "train.jsonl", rows(2))
-    dataset = {k: str(tmp_path) if v == "FOLDER" else v for k, v in dataset.items()}
+    dataset = {k: v.replace("FOLDER", str(tmp_path)) if isinstance(v, str) else v for k, v in dataset.items()}
     config = LoaderConfig(name="finetuning", dataset=DatasetConfig(**dataset))
     with pytest.raises(InputError, match=message):
         open_examples(

@@ -232,6 +232,11 @@ def _local_files(local: Path, split: str | None, section: str) -> list[InputFile
         files = [file for file in files if file.kind in ROWS]
     if split is not None:
         files = [file for file in files if file.path.name.split(".")[0].split("-")[0] == split]
+    if not files and local.is_file():
+        raise InputError(
+            f"{section}.dataset.local={local} is one file, and its name does not begin with {section}.dataset.split="
+            f"{split}; to take all of it set split to null"
+        )
     if not files:
         named = f" named {split}.jsonl, {split}-00000.parquet or the like, and no folder {split}" if split else ""
         raise InputError(f"{section}.dataset.local={local}: no JSON lines, Parquet or Arrow file in it{named}")

@@ -145,8 +145,10 @@ def open_shards(
     data = open_loader(
         loader, seq_len=length, global_batch_size=1, seed=0, vocab_size=config.vocab_size, training=False
     )
-    wanted = data.sources[0].shards.manifest.tokenizer_sha256
-    if tokenizer is not None and (found := hashlib.sha256(tokenizer).hexdigest()) != wanted:
+    beside, wanted = _tokenizer_beside(data), data.sources[0].shards.manifest.tokenizer_sha256
+    if tokenizer is None or (found := hashlib.sha256(tokenizer).hexdigest()) == wanted:
+        return data
+    if beside is None or not _equal_json(tokenizer, beside.read_bytes()):  # a Composer file keeps values, not bytes
         raise InputError(
             f"{folder}: the shards were made with a tokenizer of SHA-256 {wanted[:12]}..., the checkpoint's has "
             f"{found[:12]}...: prepare the data with the checkpoint's, or, if both give the same ids, name the data's "
@@ -161,9 +163,8 @@ def token_bytes(data: TokenBatches, vocab_size: int) -> npt.NDArray[np.int64] | 
     Special tokens, such as the one that ends a document, stand for none. None where that cannot be told: the copy of
     the tokenizer beside the shards is missing or another, or is no byte-level one.
     """
-    manifest = data.sources[0].shards.manifest
-    path = manifest.folder / manifest.tokenizer_file
-    if not path.is_file() or file_sha256(path) != manifest.tokenizer_sha256:
+    path = _tokenizer_beside(data)
+    if path is None:
         return None
     tokenizer = open_tokenizer(path)
     if not _is_byte_level(tokenizer):
@@ -177,6 +178,20 @@ def token_bytes(data: TokenBatches, vocab_size: int) -> npt.NDArray[np.int64] | 
         if i < vocab_size:
             sizes[i] = 0 if added.special else len(added.content.encode())
     return sizes
+
+
+def _tokenizer_beside(data: TokenBatches) -> Path | None:
+    """The copy of the shards' tokenizer.json beside them; None where it is missing or another."""
+    manifest = data.sources[0].shards.manifest
+    path = manifest.folder / manifest.tokenizer_file
+    return path if path.is_file() and file_sha256(path) == manifest.tokenizer_sha256 else None
+
+
+def _equal_json(a: bytes, b: bytes) -> bool:
+    try:
+        return bool(json.loads(a) == json.loads(b))
+    except ValueError:
+        return False
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

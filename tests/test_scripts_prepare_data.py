@@ -68,12 +68,14 @@ def test_nothing_of_ours_is_imported_before_it_can_be_interrupted():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def start(paths, out, *more):
+def start(paths, out, *more, group=False):
     command = [sys.executable, SCRIPT, str(paths / "big.jsonl"), "--out", str(out), "--tokenizer", str(paths / "t")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # A shell's background job has SIGINT ignored, and a program that inherits that rightly leaves it so.
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen([*command, *more], env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    return subprocess.Popen(
+        [*command, *more], env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard, start_new_session=group
+    )
 
 
 def children(pid):
@@ -87,6 +89,20 @@ def children(pid):
         if int(fields[1]) == pid:
             found.append(int(stat.parent.name))
     return found
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_workers_import_is_one_line(paths):
+    """As a terminal sends it, to every process of the group."""
+    (paths / "big.jsonl").write_text((json.dumps({"text": "some words to make it long " * 400}) + "\n") * 400)
+    process = start(paths, paths / "out", "--workers", "2", group=True)
+    deadline = time.monotonic() + 120
+    while len(children(process.pid)) < 2 and time.monotonic() < deadline:  # the server of workers, and a tracker
+        time.sleep(0.005)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert (process.returncode, error.count("\n")) == (130, 1), error
 
 
 @pytest.mark.slow
@@ -105,7 +121,7 @@ def test_stopped_anyhow_the_same_command_goes_on(paths, number):
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 130
-        assert "stopped; what is done is kept" in error
+        assert "stopped; what is done is kept" in error and "Traceback" not in error
     while [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, "a worker outlived the command"
         time.sleep(0.05)

@@ -373,3 +373,17 @@ def test_too_few_documents_for_validation_is_said(options, tmp_path, capsys):
     (tmp_path / "one.txt").write_text("one\n\ntwo")
     prepare.prepare(replace(options, inputs=(str(tmp_path / "one.txt"),), val_fraction=1e-9))
     assert "warning: no document fell into validation; raise --val-fraction 1e-09" in capsys.readouterr().err
+
+
+def test_what_made_nothing_leaves_nothing(options, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(InputError, match=r"empty\.txt: no document for training in it; all of it is empty"):
+        run(options, inputs=(str(tmp_path / "empty.txt"),))
+    assert not Path(options.out).exists()
+    with pytest.raises(InputError, match="no field 'body'"):
+        run(options, text_field="body")
+    assert not Path(options.out).exists()
+    manifest = run(options)
+    with pytest.raises(InputError, match="no document for training"):
+        run(options, inputs=(str(tmp_path / "empty.txt"),), overwrite=True)
+    assert run(options) == manifest and not (Path(options.out) / ".prepare").exists()

@@ -137,14 +137,19 @@ def test_a_manifest_that_is_none(folder, content):
 def test_folders_without_a_manifest_say_what_to_do(tmp_path):
     with pytest.raises(InputError, match=r"no such folder.*prepare_data\.py"):
         read_manifest(tmp_path / "none")
-    with pytest.raises(InputError, match=r"no manifest\.json"):
-        read_manifest(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    for raw in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(InputError, match=rf"token shards.* python scripts/prepare_data\.py {raw} --out DIR --tok"):
+            read_manifest(raw)
+    (tmp_path / "begun" / ".prepare").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"an unfinished preparation; run its command"):
+        read_manifest(tmp_path / "begun")
     with pytest.raises(InputError, match=r"remote folders are not read"):
         read_manifest("s3://bucket/data")
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "index.json").write_text("{}")
     for mds in (tmp_path, tmp_path / "train"):
-        with pytest.raises(InputError, match=r"MDS folder; convert it once with scripts/prepare_data\.py"):
+        with pytest.raises(InputError, match=r"MDS folder; convert it once with python scripts/prepare_data\.py"):
             read_manifest(mds)
 
 

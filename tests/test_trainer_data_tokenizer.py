@@ -81,6 +81,15 @@ def test_eos_errors(tokenizer):
             find_eos(tokenizer, EOS)
 
 
+def test_a_json_of_something_else(tmp_path):
+    path = tmp_path / "config.json"
+    for text, told in (('{"d_model": 4}', "JSON, but not a tokenizer.json"), ("{", "not a tokenizer.json that can be")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=told) as error:
+            find_eos(path)
+        assert "KeyError" not in str(error.value)
+
+
 def test_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert file_sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

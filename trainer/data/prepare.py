@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,13 +26,12 @@ from typing import IO, Any
 import numpy as np
 
 from trainer.data.encode import Cutter, Encoding, Excerpts, Rest, encode, load_tokenizer
-from trainer.data.shards import DTYPES, FORMAT, MANIFEST, VERSION, ShardSet, read_manifest
+from trainer.data.shards import DTYPES, FORMAT, MANIFEST, STATE, VERSION, ShardSet, read_manifest
 from trainer.data.sources import InputFile, Piece, Reading, cut_files, list_files
 from trainer.data.tokenizer import TOKENIZER, file_sha256, find_eos, find_tokenizer, settings_files
 from trainer.data.workers import Progress, run_jobs
 from trainer.errors import InputError
 
-STATE = ".prepare"
 SPLITS = ("train", "val")
 MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 1 << 26
 COPY_BYTES = 1 << 24
@@ -110,11 +109,11 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> dict[str, Any]:
     _check(options)
     encoding, eos = _encoding(options)
     out, state = Path(options.out), Path(options.out) / STATE
+    parts = _plan(options, encoding, str(state))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be made ({error.strerror}); choose another folder") from None
-    parts = _plan(options, encoding, str(state))
     key = _digest([[part.key for part in parts], options.shard_tokens])
     with _locked(out):
         found = _finished(options, key)
@@ -124,14 +123,14 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> dict[str, Any]:
             Progress.say(quiet, f"{out}: up to date, {_summary(found)}")
             return found
         state.mkdir(exist_ok=True)
-        joined = _joined(parts, options)
-        todo = [part for part in parts if not _part_done(part, joined)]
-        if len(todo) < len(parts):
-            Progress.say(quiet, f"{out}: {len(parts) - len(todo)} of {len(parts)} parts are there already")
-        with Progress("tokenise", sum(part.size for part in todo), quiet) as progress:
-            run_jobs(_tokenise, todo, options.workers, lambda part, n: progress.advance(part.size, n))
-        (out / MANIFEST).unlink(missing_ok=True)
-        manifest = _join_all(parts, options, encoding, quiet)
+        with _nothing_left_of_nothing(out):
+            joined = _joined(parts, options)
+            todo = [part for part in parts if not _part_done(part, joined)]
+            if len(todo) < len(parts):
+                Progress.say(quiet, f"{out}: {len(parts) - len(todo)} of {len(parts)} parts are there already")
+            with Progress("tokenise", sum(part.size for part in todo), quiet) as progress:
+                run_jobs(_tokenise, todo, options.workers, lambda part, n: progress.advance(part.size, n))
+            manifest = _join_all(parts, options, encoding, quiet)
         manifest |= {"source": {"key": key, "eos": eos, **_source(options)}}
         if encoding.excerpts is not None:
             manifest["source"]["left_out"] = _left_out(parts)
@@ -238,6 +237,19 @@ def _locked(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+@contextmanager
+def _nothing_left_of_nothing(out: Path) -> Iterator[None]:
+    """Where work fails before there are any tokens to keep, remove the state, and OUT if it is empty then."""
+    try:
+        yield
+    except InputError:
+        if not any((out / STATE).glob("part-*.bin")) and not any((out / STATE).glob("shard-*.json")):
+            shutil.rmtree(out / STATE)
+            with suppress(OSError):
+                out.rmdir()
+        raise
 
 
 def _finished(options: PrepareOptions, key: str) -> dict[str, Any] | None:
@@ -359,11 +371,13 @@ def _join_done(join: _Join) -> dict[str, Any] | None:
 def _join_all(parts: list[_Part], options: PrepareOptions, encoding: Encoding, quiet: bool) -> dict[str, Any]:
     joins = _joins(parts, options)
     if not any(join.split == "train" for join in joins):
-        remedy = "check --text-field and the files"
+        only_text = all(file.kind == "text" for file in list_files(list(options.inputs)))
+        remedy = "all of it is empty, or fell into validation" if only_text else "check --text-field and the files"
         if (cut := encoding.excerpts) is not None and (left_out := _left_out(parts)["documents"]):
             other = f"--min-tokens {cut.min_tokens}" if cut.rest == "pad" else "give --rest pad"
             remedy = f"{left_out} too short for --excerpt-tokens {cut.tokens}; lower it, or {other}"
         raise InputError(f"{', '.join(options.inputs)}: no document for training in it; {remedy}")
+    (Path(options.out) / MANIFEST).unlink(missing_ok=True)  # of shards that are replaced from here on
     for split in SPLITS:
         (Path(options.out) / split).mkdir(exist_ok=True)
     todo = [join for join in joins if _join_done(join) is None]

@@ -22,6 +22,7 @@ from trainer.errors import InputError
 FORMAT = "mpt-token-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
+STATE = ".prepare"  # the folder of an unfinished preparation
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 CHUNK_TOKENS = 1 << 22
 
@@ -116,11 +117,16 @@ def _plain_name(path: Path, name: str) -> str:
 
 
 def _no_manifest(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder}: there is no such folder; make it with scripts/prepare_data.py INPUT --out {folder}"
+    if not folder.exists():
+        command = f"python scripts/prepare_data.py INPUT --out {folder} --tokenizer NAME"
+        return f"{folder}: there is no such folder; make it with {command}"
+    if (folder / STATE).is_dir():
+        return f"{folder}: an unfinished preparation; run its command (scripts/prepare_data.py) again to go on with it"
+    command = f"python scripts/prepare_data.py {folder} --out DIR --tokenizer NAME"
     if (folder / "index.json").is_file() or any(folder.glob("*/index.json")):
-        return f"{folder}: an MDS folder; convert it once with scripts/prepare_data.py {folder} --out DIR, and name DIR"
-    return f"{folder}: no {MANIFEST} in it; an unfinished preparation is continued by running its command again"
+        return f"{folder}: an MDS folder; convert it once with {command}, and name DIR"
+    what = f"no token shards (there is no {MANIFEST})" if folder.is_dir() else "a file, not a folder of token shards"
+    return f"{folder}: {what}; make them from text once with {command}, and name DIR"
 
 
 def _field(path: Path, data: dict[str, Any], name: str, kind: type, prefix: str = "") -> Any:

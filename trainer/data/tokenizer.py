@@ -155,8 +155,13 @@ def added_tokens(tokenizer: Path) -> dict[str, int]:
     try:
         data = json.loads(tokenizer.read_text(encoding="utf-8"))
         return {token["content"]: token["id"] for token in data["added_tokens"]}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{tokenizer}: not a tokenizer.json as the tokenizers library writes it ({error!r})") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{tokenizer}: not a {TOKENIZER} that can be read ({error}); give a whole file") from None
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{tokenizer}: JSON, but not a {TOKENIZER} as the tokenizers library writes it, which lists added_tokens; "
+            "give the file that is saved beside a model"
+        ) from None
 
 
 def _some(ids: dict[str, int]) -> str:

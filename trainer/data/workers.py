@@ -6,9 +6,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
 from typing import TypeVar
 
 from trainer.errors import InputError
@@ -29,10 +32,12 @@ def run_jobs(work: Callable[[Job], int], jobs: Sequence[Job], workers: int, done
     # importing takes a second or two, which would otherwise be paid by every worker.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
+    _start_server(context)
     before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_start_worker) as pool:
         try:
-            futures = {pool.submit(work, job): job for job in jobs}
+            with _uninterrupted():  # it starts the workers, and one that is half started cannot be ended
+                futures = {pool.submit(work, job): job for job in jobs}
             for future in as_completed(futures):
                 done(futures[future], future.result())
         except BaseException as error:
@@ -46,10 +51,29 @@ def run_jobs(work: Callable[[Job], int], jobs: Sequence[Job], workers: int, done
             raise
 
 
+def _start_server(context: ForkServerContext) -> None:
+    """Start the server, and with it all workers, deaf to Ctrl-C: this process tells of it and ends them."""
+    resource_tracker.ensure_running()  # first: it lets the signals through again
+    with _uninterrupted():
+        forkserver.ensure_running()
+    ready = context.Process(target=os.getpid)  # begins when the server has imported; this wait can be interrupted
+    ready.start()
+    ready.join()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the end of the block; processes that are started in it never hear of it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _start_worker() -> None:
     # One thread per process: the processes already fill the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -87,7 +87,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help=argparse.SUPPRESS)
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help="check everything, print the plan, and do not train")
     parser.add_argument("--deep", action="store_true", help="with --check: also hash and scan every token shard")
@@ -97,6 +97,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         if "=" in argument:
             parser.error(f"{argument}: settings have no dashes; write {argument.lstrip('-')}")
         parser.error(f"unknown option {argument}; settings are written key=value")
+    if known.recipe is None:  # argparse, asked to require it, would name the settings as well
+        parser.error("a RECIPE is required, such as yaml/mpt-tiny.yaml")
     if not known.check and (known.deep or known.world_size is not None):
         parser.error(f"{'--deep' if known.deep else '--world-size'} needs --check")
     started, rank = _environment("WORLD_SIZE", 1), _environment("RANK", 0)

@@ -27,7 +27,27 @@ _NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 
 def is_hub_name(path_or_name: str | Path) -> bool:
     """Whether this means a model on the hub: it has the form of one, and nothing of that name is here."""
-    return _NAME.fullmatch(str(path_or_name)) is not None and not Path(path_or_name).exists()
+    name = str(path_or_name)
+    return _NAME.fullmatch(name) is not None and not looks_like_path(name) and not Path(name).exists()
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only mean something here: it starts as paths do, or in a folder that exists, or has more
+    components than a name on the hub.
+    """
+    first, slash, rest = name.partition("/")
+    return name.startswith((".", "/", "~")) or "/" in rest or (slash != "" and Path(first).is_dir())
+
+
+def download_file(name: str, file: str, revision: str | None = None) -> Path:
+    """One file of a model on the hub, in the cache, downloaded where it is not there. Raises huggingface_hub's errors,
+    and at once where the hub is out of reach: its own download would go on trying for half a minute, loudly.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    return Path(hf_hub_download(name, file, revision=revision))
 
 
 def local_path(path_or_name: str | Path, *, revision: str | None = None, weights: bool = True) -> Path:
@@ -39,9 +59,11 @@ def local_path(path_or_name: str | Path, *, revision: str | None = None, weights
     """
     if not is_hub_name(path_or_name):
         if not Path(path_or_name).exists():
+            path = _NAME.fullmatch(str(path_or_name)) is not None
+            why = f" (a path, as there is a folder {Path(path_or_name).parts[0]} here)" if path else ""
             raise InputError(
-                f"{path_or_name} does not exist; give a model's folder or checkpoint, or a name on the hub such as "
-                "mosaicml/mpt-7b"
+                f"{path_or_name} does not exist{why}; give a model's folder or checkpoint, or a name on the hub such "
+                "as mosaicml/mpt-7b"
             )
         return Path(path_or_name)
     return _from_hub(str(path_or_name), revision, weights)
@@ -92,7 +114,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     if not weights:
-        return Path(hf_hub_download(name, CONFIG, revision=revision)).parent
+        return download_file(name, CONFIG, revision).parent
     indexes = [f"{file}.index.json" for file in WEIGHTS]
     folder = _snapshot(name, revision, [CONFIG, *COMPANIONS, *indexes])
     for file, index in zip(WEIGHTS, indexes, strict=True):

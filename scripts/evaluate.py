@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from mpt import MptForCausalLM
     from trainer.data import TokenBatches
+    from trainer.harness import Tasks
     from trainer.parallel import World
 
 # Our packages take seconds to import: inside the functions, so that --help and Ctrl-C are answered from the start.
@@ -119,8 +120,7 @@ def _run(args: argparse.Namespace) -> int:
             results = _evaluate(args, world)
         except RuntimeError as error:
             raise _out_of_memory(error, args) from None
-    if world.rank == 0 and args.json is not None:
-        _write(args.json, {"checkpoint": args.checkpoint, **results})
+    _save(args, world, results)
     return 0
 
 
@@ -129,9 +129,11 @@ def _evaluate(args: argparse.Namespace, world: "World") -> dict[str, Any]:
 
     from mpt.checkpoint import open_checkpoint
     from trainer.evaluate import load_model, open_shards, tokenizer_files
+    from trainer.harness import find_tasks
 
     error: Exception | None = None
     try:
+        tasks = None if args.tasks is None else find_tasks(args.tasks, args.tasks_path)
         source = open_checkpoint(args.checkpoint, revision=args.revision, check_hashes=True)
         files, config, data = tokenizer_files(source, args.tokenizer), source.config(), None
         if args.data is not None:
@@ -148,8 +150,10 @@ def _evaluate(args: argparse.Namespace, world: "World") -> dict[str, Any]:
     results: dict[str, Any] = {}
     if data is not None:
         results["data"] = _on_shards(args, world, model, data)
-    if args.tasks is not None:
-        results["tasks"] = _on_tasks(args, world, model, files)
+    if tasks is not None:
+        if data is not None:
+            _save(args, world, results)  # the tasks may fail
+        results["tasks"] = _on_tasks(args, world, model, files, tasks)
     return results
 
 
@@ -207,7 +211,7 @@ def _report(results: dict[str, Any]) -> str:
 
 
 def _on_tasks(
-    args: argparse.Namespace, world: "World", model: "MptForCausalLM", files: dict[str, bytes]
+    args: argparse.Namespace, world: "World", model: "MptForCausalLM", files: dict[str, bytes], tasks: "Tasks"
 ) -> dict[str, Any]:
     from trainer.harness import TextModel, run_tasks, table
 
@@ -216,9 +220,7 @@ def _on_tasks(
         text_model = TextModel(
             model, files, max_length=args.max_length, batch_size=args.batch, quiet=world.rank != 0, world=world
         )
-        results = run_tasks(
-            text_model, args.tasks, path=args.tasks_path, num_fewshot=args.num_fewshot, limit=args.limit
-        )
+        results = run_tasks(text_model, tasks, num_fewshot=args.num_fewshot, limit=args.limit)
     except ValueError as e:
         error = e
     _agree(world, error)
@@ -242,11 +244,16 @@ def _out_of_memory(error: RuntimeError, args: argparse.Namespace) -> Exception:
     return InputError(f"out of memory ({str(error).splitlines()[0]}); what would help: {'; '.join(advice)}")
 
 
-def _write(path: Path, results: dict[str, Any]) -> None:
+def _save(args: argparse.Namespace, world: "World", results: dict[str, Any]) -> None:
+    """Write the file of --json, where there is to be one."""
     from trainer.errors import InputError
 
+    path: Path | None = args.json
+    if world.rank != 0 or path is None:
+        return
     try:
-        path.write_text(json.dumps(_plain(results), indent=2) + "\n", encoding="utf-8")
+        found = _plain({"checkpoint": args.checkpoint, **results})
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"--json {path} cannot be written ({error.strerror}); the results are above") from None
 

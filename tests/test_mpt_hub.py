@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,17 +16,19 @@ from huggingface_hub import constants
 
 from mpt import MptConfig, MptForCausalLM
 from mpt.hub import is_hub_name, local_path
+from trainer.data import find_tokenizer
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `folder`/REPOSITORY/REVISION; keeps the paths it was asked for, and wants a token for private/..."""
+    """Serves `folder`/REPOSITORY/REVISION; keeps what it sent, and wants a token for private/..."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.folder = folder
         self.sent: list[str] = []
+        self.asked = 0
 
     @property
     def url(self) -> str:
@@ -43,6 +47,7 @@ class Answer(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, *, body: bool) -> None:
+        self.server.asked += 1
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         api = parts[0] == "api"
         owner, name, _, revision, *rest = parts[2:] if api else parts
@@ -149,7 +154,24 @@ def test_a_token_opens_what_is_private(hub: Hub, monkeypatch: pytest.MonkeyPatch
     assert same(MptForCausalLM.from_pretrained("private/hidden"), model)
 
 
+def test_a_hub_out_of_reach_is_told_at_once(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    hub.shutdown()
+    hub.server_close()
+    library = logging.getLogger("huggingface_hub")
+    before, library.propagate = library.propagate, True
+    start = time.monotonic()
+    try:
+        with pytest.raises(ValueError, match=r"mosaicml/tiny is not a path here, .*the hub cannot be reached"):
+            MptConfig.from_pretrained("mosaicml/tiny")
+        with pytest.raises(ValueError, match=r"could not be had from the hub \(.*\); give a local folder"):
+            find_tokenizer("mosaicml/tiny")
+    finally:
+        library.propagate = before
+    assert time.monotonic() - start < 5 and not caplog.records
+
+
 def test_what_is_not_there(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"runs/mpt-tny is neither a path here nor a model on the hub"):
         MptForCausalLM.from_pretrained("runs/mpt-tny")
     (hub.folder / "mosaicml/empty/main").mkdir(parents=True)
@@ -178,4 +200,10 @@ def test_a_path_that_is_here_comes_first(hub: Hub, monkeypatch: pytest.MonkeyPat
     assert local_path("mosaicml/mpt-7b") == Path("mosaicml/mpt-7b") and not hub.sent
     for path in ("./mosaicml/mpt-9b", "/mosaicml/mpt-9b", "mosaicml", "a/b/c", "../b", "a/..", "runs/naïve", ""):
         assert not is_hub_name(path), path
-    assert is_hub_name("mosaicml/mpt-9b")
+    assert is_hub_name("anybody/mpt-9b")
+    assert not is_hub_name("mosaicml/mpt-9b")
+    with pytest.raises(
+        ValueError, match=r"mosaicml/mpt-9b does not exist \(a path, as there is a folder mosaicml here"
+    ):
+        local_path("mosaicml/mpt-9b")
+    assert not hub.asked

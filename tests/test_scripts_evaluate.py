@@ -17,6 +17,7 @@ from test_trainer_harness import write_tasks
 
 from mpt import MptConfig, MptForCausalLM
 from scripts import evaluate
+from trainer import harness
 from trainer.data import file_sha256
 
 SHAPE = {"d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 310, "max_seq_len": 16, "initializer_range": 0.3}
@@ -165,6 +166,29 @@ def test_refused(checkpoint: Path, data: Path, tmp_path: Path, capsys: Any, monk
         with pytest.raises(SystemExit):
             evaluate.parse(argv)
         assert told in capsys.readouterr().err
+
+
+def test_a_missing_lm_eval_is_told_before_any_work(
+    checkpoint: Path, data: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert evaluate.main([str(checkpoint), "--data", str(data), "--tasks", "a", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert "--tasks needs lm-eval" in err and out == ""
+
+
+def test_what_was_found_is_kept_where_tasks_fail(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise harness.InputError("no data")
+
+    monkeypatch.setattr(harness, "find_tasks", lambda *_: harness.Tasks([], None))
+    monkeypatch.setattr(harness, "run_tasks", fails)
+    out = tmp_path / "out.json"
+    command = [str(checkpoint), "--data", str(data), "--tasks", "a", "--device", "cpu", "--json", str(out)]
+    assert evaluate.main(command) == 2
+    assert json.loads(out.read_text())["data"]["sequences"] == 15
 
 
 def test_out_of_memory(checkpoint: Path, data: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

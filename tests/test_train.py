@@ -49,7 +49,7 @@ def test_arguments_in_any_order():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "the following arguments are required: RECIPE"),
+        ([], "a RECIPE is required, such as yaml/mpt-tiny.yaml"),
         (["a.yaml", "--optimizer.lr=1"], "--optimizer.lr=1: settings have no dashes; write optimizer.lr=1"),
         (["a.yaml", "--lr", "1"], "unknown option --lr; settings are written key=value"),
         (["a.yaml", "--deep"], "--deep needs --check"),

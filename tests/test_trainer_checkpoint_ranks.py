@@ -94,7 +94,7 @@ def ranks_file_size_limit_on_one_rank(folder):
         checkpointer.close()
         text = said[0] if said else failed
         if on_error == "stop" or dist.get_rank() == 0:
-            assert f"File too large (rank {dist.get_world_size() - 1})" in text, text
+            assert f"File too large (process {dist.get_world_size() - 1})" in text, text
         assert (failed is not None) == (on_error == "stop")
         dist.barrier()
         assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-1"]

@@ -17,6 +17,7 @@ from trainer import yamlfile
 from trainer.config import TrainConfig, config_to_yaml, load_config, validate
 from trainer.data import file_sha256
 from trainer.errors import InputError
+from trainer.plan import plan
 
 RECIPE = """\
 run_name: small
@@ -136,6 +137,10 @@ def test_the_last_override_wins(recipe):
         ("optimizer.lr=fast", r"optimizer.lr=fast.*expected a number, got the text 'fast'"),
         ("optimizer.lr=.nan", r"not finite"),
         ("optimizer.bets=[0,1]", r"unknown key optimizer.bets; did you mean optimizer.betas\?"),
+        ("optimiser.lr=1e-3", r"^argument 'optimiser.lr=1e-3': unknown key optimiser; did you mean optimizer\?"),
+        ("optimizer.learning_rate=1", r"unknown key optimizer.learning_rate; did you mean optimizer.lr\?"),
+        ("precision=bf16", r"expected one of fp32, amp_bf16, got the text 'bf16'; did you mean amp_bf16\?"),
+        ("optimizer.name=lion", r"did you mean decoupled_lionw\?"),
         ("lr=1", r"unknown key lr; did you mean optimizer.lr\?"),
         ("optimizer.max_duration=3", r"unknown key optimizer.max_duration; did you mean max_duration\?"),
         ("zzz=1", r"unknown key zzz; known keys are .*run_name"),
@@ -327,7 +332,8 @@ def test_a_section_that_refers_to_itself(recipe):
 
 def test_a_missing_recipe_lists_those_there_are(tmp_path):
     text = error(load_config, "yaml/mpt-125.yaml")
-    assert "did you mean yaml/mpt-125m.yaml?" in text and "mpt-7b.yaml" in text
+    assert text.endswith("did you mean yaml/mpt-125m.yaml?")
+    assert "recipes in yaml/: " in error(load_config, "other.yaml")
     assert "is a folder" in error(load_config, tmp_path)
 
 
@@ -482,7 +488,37 @@ def test_a_hub_tokenizer_needs_no_network(recipe, monkeypatch, tmp_path):
     resolved = validate(load_config(recipe(), ["tokenizer.name=somebody/some-tokenizer"]), 1)
     assert resolved.tokenizer_sha256 == "0" * 64
     assert any("tokenizer.name=somebody/some-tokenizer is not in the local cache" in note for note in resolved.notes)
-    assert "neither a file" in error(validate, load_config(recipe(), ["tokenizer.name=a/b/c d"]), 1)
+    assert "neither a file" in error(validate, load_config(recipe(), ["tokenizer.name=a/b c"]), 1)
+
+
+def test_a_mistyped_path_is_no_hub_tokenizer(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no such file or folder" in error(validate, load_config(recipe(), ["tokenizer.name=data/tokeniser"]), 1)
+
+
+def test_what_the_plan_says_of_the_data(recipe, monkeypatch):
+    """20 shards of 89 tokens: 100 sequences of 16; their tokenizer has 100 tokens."""
+    text = planned(recipe())
+    assert "6,400 tokens" in text and ", 4 epochs" in text and "note" not in text
+    text = planned(recipe(), "global_train_batch_size=104", "max_duration=100ba", "model.vocab_size=201")
+    assert "global_train_batch_size=104 is more than the 100 sequences" in text
+    assert "max_duration=100ba passes over the training split 104 times" in text
+    assert "model.vocab_size=201, but the tokenizer of the shards has 100 tokens" in text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees no GPU here" in planned(recipe(), "device=cuda")
+
+
+def test_a_tokenizer_that_was_compared_may_be_far_smaller(recipe, tmp_path):
+    path, tokenizer = recipe(), tmp_path / "other" / "tokenizer.json"
+    write_tokenizer(tmp_path / "other", vocab_size=100)
+    edit_manifest(tmp_path / "data", lambda manifest: manifest["tokenizer"].update(sha256=file_sha256(tokenizer)))
+    assert "of the shards has" not in planned(path, "model.vocab_size=500", f"tokenizer.name={tokenizer}")
+    assert "of the shards has" in planned(path, "model.vocab_size=500")
+
+
+def planned(path, *overrides):
+    config = load_config(path, overrides)
+    return str(plan(config, validate(config, 1), 1))
 
 
 def test_the_checkpoint_to_load_has_to_have_the_models_shapes(recipe, tmp_path):

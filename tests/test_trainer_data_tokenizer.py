@@ -25,24 +25,30 @@ def test_by_path_and_by_folder(tokenizer):
 
 
 def test_by_hub_name(tokenizer, monkeypatch):
-    import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def download(name, file):
         assert name == "owner/name"
         if file != "tokenizer.json":
             raise LocalEntryNotFoundError("none")
-        return str(tokenizer)
+        return tokenizer
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("trainer.data.tokenizer.download_file", download)
     assert find_tokenizer("owner/name") == tokenizer
 
     def offline(name, file):
         raise LocalEntryNotFoundError("no connection\nlong story")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(InputError, match=r"owner/name: .*\(no connection\); give the path"):
+    monkeypatch.setattr("trainer.data.tokenizer.download_file", offline)
+    with pytest.raises(InputError, match=r"owner/name: .*\(no connection\); give a local folder"):
         find_tokenizer("owner/name")
+
+
+def test_a_name_in_a_folder_that_is_here_is_no_hub_name(tokenizer, monkeypatch):
+    monkeypatch.setattr("trainer.data.tokenizer.download_file", lambda *_: pytest.fail("went to the hub"))
+    monkeypatch.chdir(tokenizer.parent.parent)
+    with pytest.raises(InputError, match="no such file or folder"):
+        find_tokenizer(f"{tokenizer.parent.name}/tokeniser")
 
 
 def test_what_is_not_there(tmp_path):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from mpt import MptConfig, MptForCausalLM
 from trainer import harness
 from trainer.errors import InputError
-from trainer.harness import TextModel, generation_options, run_tasks, windows
+from trainer.harness import TextModel, find_tasks, generation_options, run_tasks, windows
 
 SHAPE = {"d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 310, "max_seq_len": 24, "initializer_range": 0.3}
 VARIANTS = {
@@ -248,7 +248,7 @@ def test_refused(files: dict[str, bytes]) -> None:
 def test_without_the_library(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"--tasks needs lm-eval .*pip install 'mpt-train\[eval\]'"):
-        run_tasks(TextModel(build(), files), ["arc_easy"])
+        find_tasks(["arc_easy"])
 
 
 QUESTIONS = [("a small", [" text", " merge", " again"], 0), ("to learn", [" some", " x"], 1), ("and", [" a", " b"], 0)]
@@ -313,20 +313,20 @@ def test_tasks_of_files(tmp_path: Path, files: dict[str, bytes]) -> None:
     said = text_model.continuations([(q[0], {"until": ["\n"], "max_gen_toks": 4}) for q in QUESTIONS])
     folder = write_tasks(tmp_path, [said[0], "no", said[2]])
 
-    found = run_tasks(text_model, ["own_*"], path=folder)["results"]
+    found = run_tasks(text_model, find_tasks(["own_*"], folder))["results"]
     assert found["own_choice"]["acc,none"] == pytest.approx(right / 3)
     assert found["own_choice"]["acc_norm,none"] == pytest.approx(right_norm / 3)
     size = sum(len(q[0].encode()) for q in QUESTIONS)
     assert found["own_text"]["bits_per_byte,none"] == pytest.approx(-total / size / 0.6931471805599453, rel=1e-5)
     assert found["own_say"]["exact_match,none"] == pytest.approx(2 / 3)
 
-    limited = run_tasks(text_model, ["own_say"], path=folder, limit=1)
+    limited = run_tasks(text_model, find_tasks(["own_say"], folder), limit=1)
     assert limited["results"]["own_say"]["exact_match,none"] == 1
     assert "own_say" in harness.table(limited)
     with pytest.raises(InputError, match=r"task 'own_chioce' is not one of lm-eval's.*did you mean own_choice"):
-        run_tasks(text_model, ["own_say", "own_chioce"], path=folder)
+        run_tasks(text_model, find_tasks(["own_say", "own_chioce"], folder))
     with pytest.raises(InputError, match=r"--tasks-path .*there is no such folder"):
-        run_tasks(text_model, ["own_say"], path=folder / "no")
+        run_tasks(text_model, find_tasks(["own_say"], folder / "no"))
     (folder / "questions.jsonl").unlink()
     with pytest.raises(InputError, match=r"data of own_say cannot be had"):
-        run_tasks(text_model, ["own_say"], path=folder)
+        run_tasks(text_model, find_tasks(["own_say"], folder))

@@ -25,7 +25,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
-    with pytest.raises(InputError, match=r"local rank 2.*--nproc-per-node=2"):
+    with pytest.raises(InputError, match=r"process 2 of this node.*--nproc-per-node=2"):
         choose_device("cuda", 2)
 
 

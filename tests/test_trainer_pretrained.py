@@ -1,6 +1,5 @@
 """Where a fine-tune starts: the model section filled in from a folder or the hub, and what differs."""
 
-import huggingface_hub
 import pytest
 import torch
 
@@ -47,6 +46,11 @@ def test_the_section_is_the_bases_configuration(load, base):
     assert "pretrained" not in config.model  # what is written to the run folder stands on its own
 
 
+def test_null_unsets_it(load):
+    config = load("model.pretrained=null", "model.d_model=32", "model.n_heads=4", "model.n_layers=2")
+    assert config.model == {"d_model": 32, "n_heads": 4, "n_layers": 2} and config.load_path is None
+
+
 def test_fields_beside_it_go_before(load, base):
     config = load("model.resid_pdrop=0.1", "model.attn_config.alibi_bias_max=16", "load_path=elsewhere")
     model = build_model_config(config)
@@ -89,11 +93,11 @@ def test_a_damaged_configuration(load, base):
 def test_of_a_hub_model_only_the_configuration_is_fetched_for_the_section(load, base, monkeypatch):
     asked = []
 
-    def hf_hub_download(name, file, revision):
+    def download_file(name, file, revision):
         asked.append((name, file))
-        return str(base / file)
+        return base / file
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("mpt.hub.download_file", download_file)
     config = load(name="org/model")
     assert config.load_path == "org/model" and config.model["d_model"] == 48
     assert asked == [("org/model", "config.json")]

@@ -368,13 +368,19 @@ def test_another_run_in_the_same_folder_is_refused(setting: str, recipe: Path, w
     assert before == {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")}
 
 
-def test_durations_intervals_loggers_and_micro_batch_may_change(recipe: Path, whole: Path, tmp_path: Path) -> None:
+def test_durations_intervals_loggers_and_micro_batch_may_change(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     assert run(load_config(recipe, [f"save_folder={folder}", "max_duration=3ba", "export=false"])) == 0
     changed = ["max_duration=5ba", "eval_interval=1ba", "save_interval=1ba", "device_train_microbatch_size=8"]
     assert run(load_config(recipe, [f"save_folder={folder}", "export=false", "log_interval=2", *changed])) == 0
     assert list(rows(folder)) == [1, 2, 3, 4, 5]
     assert list(rows(folder, "eval_loss")) == [3, 4, 5], "one row an evaluation, also where the first run ended"
+    capsys.readouterr()
+    assert run(load_config(recipe, [f"save_folder={folder}", "max_duration=4ba"])) == 0
+    assert "already longer than max_duration=4ba" in "".join(capsys.readouterr())
+    assert (folder / "export" / "config.json").is_file() and max(rows(folder)) == 5
 
 
 def test_a_non_finite_step_never_reaches_the_weights(

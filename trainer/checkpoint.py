@@ -315,7 +315,7 @@ class Checkpointer:
         for name, entry in manifest.files.items():
             if not (temporary / name).is_file() or (temporary / name).stat().st_size != entry["bytes"]:
                 raise InputError(
-                    f"rank 0 does not see {temporary / name} as it was written; "
+                    f"process 0 does not see {temporary / name} as it was written; "
                     "save_folder has to be on a file system that all nodes share"
                 )
         write_manifest(temporary, manifest, fsync=self._fsync)

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from kernels import backend
 from mpt import MptConfig
 from mpt.config import parameter_shapes
-from mpt.hub import is_hub_name, local_path
+from mpt.hub import is_hub_name, local_path, looks_like_path
 from trainer import foundry, lora, pretrained, samples, yamlfile
 from trainer.checkpoint import compare_shapes, describe
 from trainer.curriculum import LengthStage, check_curriculum, check_ends
@@ -332,6 +332,7 @@ def validate(config: TrainConfig, world_size: int, *, open_data: bool = True) ->
         data = _open_run_data(config, model_config, tokenizer, training=True)
         _check_sample_prompts(config, model_config, tokenizer_path, data)
         tokens_per_step = round(config.global_train_batch_size * data.mean_tokens)
+        notes += _vocabulary_note(config, model_config, data, tokenizer_path)
         if config.eval_loader is not None:
             validation = _open_run_data(config, model_config, tokenizer, training=False)
             eval_batch_size = min(eval_batch_size, validation.sequences)  # more would be filled up with repetitions
@@ -503,7 +504,7 @@ def _micro_batch(config: TrainConfig, model_config: MptConfig, world_size: int, 
     if per_rank % size:
         near = ", ".join(str(n) for n in sorted(sorted(divisors(per_rank), key=lambda n: abs(n - size))[:3]))
         raise InputError(
-            f"device_train_microbatch_size={size} does not divide the {per_rank} sequences of each rank "
+            f"device_train_microbatch_size={size} does not divide the {per_rank} sequences of each process "
             f"(global_train_batch_size={config.global_train_batch_size} over "
             f"{world_size // config.context_parallel_size}); use {near} or auto"
         )
@@ -535,7 +536,7 @@ def _find_tokenizer(config: TrainConfig, notes: list[str]) -> tuple[Path | None,
         return found, None if found is None else file_sha256(found)
     if name is not None:
         path: Path | None = None
-        if Path(name).exists() or name.endswith(".json") or name.startswith((".", "/", "~")):
+        if Path(name).exists() or name.endswith(".json") or looks_like_path(name):
             path = find_tokenizer(name)
         else:
             path = _cached_tokenizer(name)
@@ -559,6 +560,23 @@ def _find_tokenizer(config: TrainConfig, notes: list[str]) -> tuple[Path | None,
         )
     open_tokenizer(beside)
     return beside, manifest.tokenizer_sha256
+
+
+def _vocabulary_note(
+    config: TrainConfig, model_config: MptConfig, data: TokenBatches | ExampleBatches, tokenizer: Path | None
+) -> Iterator[str]:
+    """What a reader should know where the shards' tokenizer, not compared with a named one, has far fewer tokens."""
+    if isinstance(data, ExampleBatches):
+        return
+    manifests = [source.shards.manifest for source in data.sources]
+    beside = [None, *(manifest.folder / manifest.tokenizer_file for manifest in manifests)]
+    compared = config.tokenizer.name is not None and tokenizer not in beside
+    largest = max(manifest.vocab_size for manifest in manifests)
+    if not compared and model_config.vocab_size > 2 * largest:
+        yield (
+            f"model.vocab_size={model_config.vocab_size:,}, but the tokenizer of the shards has {largest:,} tokens: "
+            "was another tokenizer meant? The other rows of the embedding stand for nothing"
+        )
 
 
 def _beside_weights(load_path: str | None) -> Path | None:
@@ -623,4 +641,4 @@ def _no_recipe(path: Path) -> InputError:
     close = difflib.get_close_matches(path.stem, [recipe.removesuffix(".yaml") for recipe in recipes], n=1, cutoff=0.5)
     hint = f"; did you mean yaml/{close[0]}.yaml?" if close else ""
     listing = f"; recipes in yaml/: {', '.join(recipes)}" if recipes else ""
-    return InputError(f"recipe {path} does not exist{hint}{listing}")
+    return InputError(f"recipe {path} does not exist{hint or listing}")

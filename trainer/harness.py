@@ -5,6 +5,7 @@ adapter through which that library asks for them.
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -240,18 +241,20 @@ def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def run_tasks(
-    text_model: TextModel, tasks: Sequence[str], *, path: str | Path | None = None, num_fewshot: int | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """lm-eval's results of some of its tasks, groups or tags; patterns such as `mmlu_*` are understood.
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that there are, by name, and lm-eval's TaskManager, which knows their files."""
 
-    Of several processes all have to call this; lm-eval gives its results to the first of each machine, others get {}.
-    path: a folder with task files of one's own, beside lm-eval's. num_fewshot: examples before each question; None: as
-    the task has it. limit: only a task's first questions. InputError where a task or its data cannot be had.
+    names: list[str]
+    manager: Any
+
+
+def find_tasks(tasks: Sequence[str], path: str | Path | None = None) -> Tasks:
+    """Some of lm-eval's tasks, groups or tags; patterns such as `mmlu_*` are understood.
+
+    path: a folder with task files of one's own, beside lm-eval's. InputError where lm-eval or a task is not there.
     """
     try:
-        import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(f"--tasks needs lm-eval ({error}); install it with: pip install 'mpt-train[eval]'") from None
@@ -261,17 +264,36 @@ def run_tasks(
         raise InputError(f"--tasks-path {path}: there is no such folder")
     try:
         manager = TaskManager(include_path=None if path is None else str(path))
-        names = _known(tasks, manager, path)
+    except yaml.YAMLError as error:
+        raise InputError(f"a task file is not readable as YAML: {error}") from None
+    except OSError as error:
+        raise InputError(f"a task file cannot be read: {error}") from None
+    return Tasks(_known(tasks, manager, path), manager)
+
+
+def run_tasks(
+    text_model: TextModel, tasks: Tasks, *, num_fewshot: int | None = None, limit: int | None = None
+) -> dict[str, Any]:
+    """lm-eval's results of `find_tasks`.
+
+    Of several processes all have to call this; lm-eval gives its results to the first of each machine, others get {}.
+    num_fewshot: examples before each question; None: as the task has it. limit: only a task's first questions.
+    InputError where a task's file or data cannot be had.
+    """
+    import lm_eval
+    import yaml
+
+    try:
         results = lm_eval.simple_evaluate(
-            model=_adapter(text_model), tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit,
-            log_samples=False,
+            model=_adapter(text_model), tasks=tasks.names, task_manager=tasks.manager, num_fewshot=num_fewshot,
+            limit=limit, log_samples=False,
         )  # fmt: skip
     except yaml.YAMLError as error:
         raise InputError(f"a task file is not readable as YAML: {error}") from None
     except OSError as error:  # also of datasets and of the hub, which has no network
         raise InputError(
-            f"data of {', '.join(tasks)} cannot be had ({_first_line(error)}); without a network, fill the cache of "
-            "datasets elsewhere and copy it, or give tasks with local files in --tasks-path"
+            f"data of {', '.join(tasks.names)} cannot be had ({_first_line(error)}); without a network, fill the cache "
+            "of datasets elsewhere and copy it, or give tasks with local files in --tasks-path"
         ) from error
     return results or {}
 

@@ -128,7 +128,7 @@ def compare_shapes(path: Path | str, expected: Mapping[str, Shape], found: Mappi
 def reason(error: BaseException) -> str:
     """An error in one line, without the traces that torch.distributed.checkpoint collects from the ranks."""
     if isinstance(error, CheckpointException):
-        return "; ".join(f"{reason(e)} (rank {rank})" for rank, (e, _) in error.failures.items())
+        return "; ".join(f"{reason(e)} (process {rank})" for rank, (e, _) in error.failures.items())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"

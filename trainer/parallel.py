@@ -93,7 +93,7 @@ class World:
             raise error
         for rank, text in enumerate(errors):
             if text:
-                raise InputError(f"{text} (rank {rank})")
+                raise InputError(f"{text} (process {rank})")
 
 
 def world_size() -> int:
@@ -117,7 +117,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"], local_rank: int) -> torc
         raise InputError("device=cuda, but torch sees no GPU; set device=cpu or install a CUDA build of torch")
     if local_rank >= torch.cuda.device_count():
         raise InputError(
-            f"local rank {local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; "
+            f"process {local_rank} of this node has no GPU of its own: there are {torch.cuda.device_count()}; "
             f"start torchrun with --nproc-per-node={torch.cuda.device_count()}"
         )
     return torch.device("cuda", local_rank)

@@ -1,4 +1,4 @@
-"""What a run will take before it starts: parameters, tokens, FLOPs, and the memory of one rank by kind."""
+"""What a run will take before it starts: parameters, tokens, FLOPs, and the memory of one process by kind."""
 
 import math
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 CPU_TOKENS = 4096  # of a micro-batch: more brings no speed on a CPU, only memory
+MANY_EPOCHS = 100  # passes over the data above which a model learns it by heart
 DEVICE_SHARE = 0.92  # of a GPU's memory that the estimate may fill; the rest is CUDA's context and fragmentation
 FP32 = 4
 GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GiB of those that there are
@@ -32,6 +33,7 @@ class Plan:
     """A run in numbers. `memory`: bytes on one rank by kind; `host_memory`: the same in host memory (cpu_offload).
     `adapters`: parameters of LoRA's, where these train alone. `fits`: into which GPU, where that is known.
     `context`: ranks that share a sequence; `context_balance`: the most attention work expected of one over their mean.
+    `epochs`: passes over the training split, of a mix over all together; None where it was not opened.
     `notes`: what a reader should know before starting it. `stages`: of the length curriculum, (end in steps, length).
     `less`: a setting that is not used -> the device's memory with it, where that saves at least 2 %.
     """
@@ -56,6 +58,7 @@ class Plan:
     host_memory: dict[str, int]
     fits: str
     notes: tuple[str, ...]
+    epochs: float | None = None
     stages: tuple[tuple[int, int], ...] = ()
     less: dict[str, int] = field(default_factory=dict)
 
@@ -71,11 +74,12 @@ class Plan:
         whole = self.tokens_per_step == self.batch * self.seq_len
         length = f"{self.seq_len:,}" if whole else f"up to {self.seq_len:,}, on average"
         per_parameter, flops = self.tokens / self.parameters, self.flops_per_token
+        epochs = "" if self.epochs is None else f", {self.epochs:,.3g} epochs"
         rows = [
             ("run", f"{self.name} -> {self.run_folder}"),
             ("parameters", f"{self.parameters:,}"),
             *self._adapters_row(),
-            ("length", f"{self.steps:,} steps, {self.tokens:,} tokens ({per_parameter:.3g} per parameter)"),
+            ("length", f"{self.steps:,} steps, {self.tokens:,} tokens ({per_parameter:.3g} per parameter){epochs}"),
             ("step", f"{self.batch:,} sequences of {length} = {self.tokens_per_step:,} tokens"),
             ("", f"{processes} x micro-batch {self.micro_batch} x {self.accumulation} accumulated"),
             *self._context_row(),
@@ -139,6 +143,7 @@ def plan(config: "TrainConfig", resolved: "Resolved", world_size: int) -> Plan:
         host_memory=host,
         fits=_fits(config, resolved, sum(device.values())),
         notes=tuple(_notes(config, resolved, sum(device.values()))),
+        epochs=_epochs(config, resolved),
         stages=resolved.stages,
         less=_less(config, resolved, world_size, sum(device.values())),
     )
@@ -207,8 +212,27 @@ def _fits(config: "TrainConfig", resolved: "Resolved", device_bytes: int) -> str
     return "fits into no GPU of today" if smallest is None else f"fits into a GPU of {smallest} GiB"
 
 
+def _epochs(config: "TrainConfig", resolved: "Resolved") -> float | None:
+    if resolved.train_data is None:
+        return None
+    return resolved.steps * config.global_train_batch_size / resolved.train_data.sequences
+
+
 def _notes(config: "TrainConfig", resolved: "Resolved", device_bytes: int) -> Iterator[str]:
     yield from resolved.notes
+    data, batch = resolved.train_data, config.global_train_batch_size
+    if config.device == "cuda" and resolved.device_bytes is None:
+        yield "device=cuda, but torch sees no GPU here: this is planned for another machine"
+    if data is not None and batch > data.sequences:
+        yield (
+            f"global_train_batch_size={batch:,} is more than the {data.sequences:,} sequences of the training split: "
+            "one step reads some of them more than once; lower it, or prepare more data"
+        )
+    if (epochs := _epochs(config, resolved)) is not None and epochs > MANY_EPOCHS:
+        yield (
+            f"max_duration={config.max_duration} passes over the training split {epochs:,.0f} times: lower it, or "
+            "prepare more data"
+        )
     if resolved.warmup_steps >= min(resolved.steps, resolved.decay_steps):
         yield f"scheduler.t_warmup={config.scheduler.t_warmup} covers the whole run: optimizer.lr is not reached"
     if resolved.device_bytes is not None and device_bytes > resolved.device_bytes:

@@ -22,6 +22,9 @@ def expand(source: Source) -> None:
     section = source.values.get("model")
     if not isinstance(section, dict) or "pretrained" not in section:
         return
+    if section["pretrained"] is None:  # as `model.pretrained=null` unsets it
+        del section["pretrained"]
+        return
     own = dict(section)
     name = own.pop("pretrained")
     place = ("model", "pretrained")

@@ -119,7 +119,7 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
     if world.sum(resolved.micro_batch) != [world.size * resolved.micro_batch]:
         raise InputError(
             "device_train_microbatch_size=auto gives different sizes on this run's unlike devices "
-            f"({resolved.micro_batch} on rank {world.rank}); set it to a number that suits the smallest"
+            f"({resolved.micro_batch} on process {world.rank}); set it to a number that suits the smallest"
         )
     kernels.backend.set_default(config.kernels)
     if world.device.type == "cpu":
@@ -162,6 +162,12 @@ def _run(config: TrainConfig, resolved: Resolved, world: World) -> int:
         loggers.message(f"held out: {eval_data.description()}")
     if restored is not None:
         loggers.message(f"resuming after step {state.step} of {resolved.steps}")
+        if state.step > resolved.steps:
+            loggers.message(
+                f"warning: the run is already longer than max_duration={config.max_duration}, which is "
+                f"{resolved.steps} steps: it trains no further, and is only evaluated and exported, as it is after "
+                f"step {state.step}"
+            )
     loop = Loop(config, resolved, world, model, optimizer, train_data, eval_data, checkpointer, loggers, state)
     try:
         code = loop.run()

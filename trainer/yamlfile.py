@@ -19,6 +19,13 @@ from trainer.errors import InputError
 Place = tuple[str | int, ...]  # where a value stands: ("optimizer", "betas", 1)
 Section = TypeVar("Section")
 
+OTHER_NAMES = {  # of keys, elsewhere -> here
+    "learning_rate": "lr",
+    "max_steps": "max_duration",
+    "num_train_epochs": "max_duration",
+    "batch_size": "global_train_batch_size",
+    "gradient_checkpointing": "activation_checkpointing",
+}
 MAX_BYTES = 2**20
 MAX_DEPTH = 40
 MAX_BITS = 4096
@@ -67,6 +74,9 @@ class Source:
                 return f"argument {self.overrides[place[:end]]!r}"
             if place[:end] in self.lines:
                 return f"{self.name}:{self.lines[place[:end]]}"
+            for key, argument in self.overrides.items():
+                if key[:end] == place[:end]:  # a section that is only there because an override is in it
+                    return f"argument {argument!r}"
         return self.name
 
     def error(self, place: Place, message: str) -> InputError:
@@ -416,13 +426,18 @@ def _check_scalar(hint: Any, value: Any, place: Place, source: Source) -> None:
 
 
 def _wrong_type(hint: Any, value: Any, place: Place, source: Source) -> InputError:
-    return source.error(place, f"{dotted(place)}: expected {describe_hint(hint)}, got {describe_value(value)}")
+    choices = [str(choice) for member in _members(hint) if get_origin(member) is Literal for choice in get_args(member)]
+    meant = None
+    if isinstance(value, str) and value:
+        meant = nearest(value, choices) or next((choice for choice in choices if value.lower() in choice), None)
+    hint_of = f"; did you mean {meant}?" if meant else ""
+    return source.error(place, f"{dotted(place)}: expected {describe_hint(hint)}, got {describe_value(value)}{hint_of}")
 
 
 def unknown_key(place: Place, siblings: Sequence[str], everywhere: Sequence[str] = ()) -> str:
     """The message for a key that does not exist: one of that name elsewhere, else the nearest right one beside it."""
     name = str(place[-1])
-    elsewhere = [key for key in everywhere if key.rpartition(".")[2] == name]
+    elsewhere = [key for key in everywhere if key.rpartition(".")[2] in (name, OTHER_NAMES.get(name))]
     if elsewhere:
         return f"unknown key {dotted(place)}; did you mean {elsewhere[0]}?"
     close = nearest(name, siblings)

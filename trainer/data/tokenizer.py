@@ -9,6 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from mpt.hub import download_file, looks_like_path
+from mpt.tensor_files import short
 from trainer.errors import InputError
 
 TOKENIZER = "tokenizer.json"
@@ -32,27 +34,27 @@ def find_tokenizer(name: str | Path) -> Path:
         return path / TOKENIZER
     if path.is_file():
         return path
-    if not HUB_NAME.fullmatch(str(name)) or str(name).endswith(".json"):
+    if looks_like_path(str(name)) or not HUB_NAME.fullmatch(str(name)) or str(name).endswith(".json"):
         raise InputError(f"tokenizer {name}: no such file or folder")
     return _from_hub(str(name))
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
     try:
-        path = Path(hf_hub_download(name, TOKENIZER))
-    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        path = download_file(name, TOKENIZER)
+    except (EntryNotFoundError, HTTPError, OSError, ValueError) as error:
+        reason = short((str(error).strip().splitlines() or [type(error).__name__])[0])
         raise InputError(
             f"tokenizer {name}: not a file or folder here, and its {TOKENIZER} could not be had from the hub "
-            f"({reason}); give the path of a {TOKENIZER}"
+            f"({reason}); give a local folder, or the path of a {TOKENIZER}; with HF_HUB_OFFLINE=1 only the cache is "
+            "looked at"
         ) from None
     for settings in SETTINGS:
         try:
-            hf_hub_download(name, settings)
-        except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            download_file(name, settings)
+        except (EntryNotFoundError, HTTPError, OSError):
             continue  # optional: many repositories have only one of the two
     return path
 

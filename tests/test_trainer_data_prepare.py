@@ -326,6 +326,7 @@ def test_two_preparations_of_one_folder(options):
         ({"shard_tokens": 0}, "--shard-tokens 0"),
         ({"seed": -1}, "--seed -1"),
         ({"inputs": ("nothing.jsonl",)}, r"nothing\.jsonl: no such file"),
+        ({"inputs": ("tests/nothing",)}, r"tests/nothing: no such file"),
         ({"inputs": ("s3://bucket/a.jsonl",)}, r"s3://bucket/a\.jsonl: remote"),
         ({"out": "gs://bucket/out"}, r"gs://bucket/out: remote"),
         ({"out": "/dev/null/out"}, r"--out /dev/null/out: cannot be made \(Not a directory\)"),

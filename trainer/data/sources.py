@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from mpt.hub import looks_like_path
 from trainer.data import mds
 from trainer.data.mds import Document
 from trainer.errors import InputError
@@ -123,7 +124,7 @@ def _files(name: str) -> list[tuple[Path, str]]:
         if not found:
             raise InputError(f"{name}: no file matches")
         return found
-    if HUB.fullmatch(name) and not _kind(path) and path.suffix not in COMPRESSED:
+    if HUB.fullmatch(name) and not looks_like_path(name) and not _kind(path) and path.suffix not in COMPRESSED:
         return [(file, "arrow") for file in _hub_files(name)]
     raise InputError(f"{name}: no such file or folder")
 

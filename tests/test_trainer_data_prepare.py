@@ -336,7 +336,8 @@ def test_two_preparations_of_one_folder(options):
         ({"val_fraction": 1 - 1e-12}, "no document for training"),
     ],
 )
-def test_bad_options_are_named(options, changes, message):
+def test_bad_options_are_named(options, changes, message, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)  # where there is a folder tests
     with pytest.raises(InputError, match=message):
         run(options, **changes)
 

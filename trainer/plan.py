@@ -308,7 +308,8 @@ def _moments(config: "TrainConfig", model_config: MptConfig, world_size: int, mi
         block_input = tokens * c.d_model * width
         kept += (min(2, c.n_layers) - c.n_layers) * block_input if device_type == "cuda" else 0
     again = per_block["none"] - per_block[mode] + whole_weight  # one at a time is made from its bits
-    mlp, attention = _backward_temporaries(c, tokens, width, chunk, device_type)
+    blocks = len(deal(config.max_seq_len, context, slopes_of(c))[0][0]) if context > 1 else 0
+    mlp, attention = _backward_temporaries(c, tokens, width, chunk, device_type, blocks)
     shards = _ceil(trained, shard) * FP32
     one_block = width * trained_root + (width + reduce_width) * trained_block
     state = {
@@ -397,24 +398,25 @@ def divisors(number: int) -> list[int]:
 
 
 def _backward_temporaries(
-    c: MptConfig, tokens: int, width: int, chunk: int | None, device_type: str
+    c: MptConfig, tokens: int, width: int, chunk: int | None, device_type: str, blocks: int
 ) -> tuple[int, int]:
     """What a block's backward holds beyond what the block has saved: in its MLP, and later in its attention, when what
     the MLP had saved is gone.
 
     MLP: gradient and activation of the hidden width, the gradients of its output and input. Attention, in Triton: the
     gradients of its output and of q, k, v, before and after they are joined. On plain torch: q, k, v, both outputs'
-    gradients and the results in another layout, and half of these in fp32 (kernels.flash_attention_torch).
+    gradients and the results in another layout, and half of these in fp32 (kernels.flash_attention_torch); where ranks
+    share sequences, of one of a rank's `blocks` of queries at a time, and those of keys are counted as the group's.
     """
     d, q, kv = c.d_model, c.n_heads * c.d_head, c.kv_heads * c.d_head
     part = tokens if chunk is None else min(chunk, tokens)
     mlp = width * (part * (2 if chunk is None else 3) * c.d_ffn + 2 * tokens * d)
     if device_type == "cuda":
         attention = width * (2 * (q + 2 * kv) + d)
-    elif width == FP32:
-        attention = FP32 * (7 * q + 4 * kv + d)
     else:
-        attention = width * (4 * q + 3 * kv + d) + FP32 * (2 * q + 3 * kv)
+        of_queries = q * (7 * FP32 if width == FP32 else 4 * width + 2 * FP32)
+        of_keys = kv * (4 * FP32 if width == FP32 else 3 * width + 3 * FP32)
+        attention = width * d + (of_queries // blocks if blocks else of_queries + of_keys)
     gone = width * (2 * d + (c.d_ffn if chunk is None else 0))
     return mlp, tokens * (attention - gone)
 

@@ -92,7 +92,7 @@ def save_hf(
     for raw_name, value in named_tensors:
         name = plain_name(raw_name)
         tensor = value() if not isinstance(value, Tensor) else value
-        if tensor.is_meta:
+        if write and tensor.is_meta:  # ranks that do not write may give names and shapes only
             raise ValueError(f"{name} is on the meta device and has no values; load or initialise the model first")
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 GRAIN = 64  # keys to a block of key norms; capacities are multiples
 DECODED = 16  # queries that decode_attention takes at most
+SKIPPING = 1024  # keys below which finding those that cannot matter costs more than reading them
 
 
 class _Layer(NamedTuple):
@@ -216,7 +217,7 @@ class LayerStep:
         plain = rules.sequence_id is None and not step.holes and (rules.prefix_mask is None or q.shape[1] == 1)
         if plain and step.full and q.shape[1] <= DECODED and q.shape[-1] <= 256 and not (graph or dropout_p):
             longest = max(step.lengths)
-            norms = None if layer.norms is None else layer.norms[:, :, : -(-longest // GRAIN)]
+            norms = None if layer.norms is None or longest < SKIPPING else layer.norms[:, :, : -(-longest // GRAIN)]
             return kernels.decode_attention(  # type: ignore[return-value]
                 q, layer.k[:, :, :longest], layer.v[:, :, :longest], step.ends, **shared, key_norms=norms
             )
@@ -253,16 +254,21 @@ class LayerStep:
             at = step.starts[:, None] + torch.arange(step.columns, device=k.device)
             rows = torch.arange(k.shape[0], device=k.device)[:, None]
             layer.k[rows, :, at], layer.v[rows, :, at] = k, v
-            if layer.norms is not None:
-                kernels.update_key_norms(layer.norms, k.transpose(1, 2), step.starts)
+        else:
+            for i, j, past, added in step.groups:
+                pad, end = step.columns - added, past + added
+                layer.k[i:j, :, past:end] = k[i:j, pad:].transpose(1, 2)
+                layer.v[i:j, :, past:end] = v[i:j, pad:].transpose(1, 2)
+        if layer.norms is None or max(step.lengths) < SKIPPING:
             return
-        for i, j, past, added in step.groups:
-            if added == 0:
-                continue
-            new = k[i:j, step.columns - added :].transpose(1, 2)
-            layer.k[i:j, :, past : past + added] = new
-            layer.v[i:j, :, past : past + added] = v[i:j, step.columns - added :].transpose(1, 2)
-            if layer.norms is not None:
+        if max(step.past) < SKIPPING:  # none were taken so far
+            for i, j, past, added in step.groups:
+                kernels.update_key_norms(layer.norms[i:j], layer.k[i:j, :, : past + added], 0)
+        elif step.full:
+            kernels.update_key_norms(layer.norms, k.transpose(1, 2), step.starts)
+        else:
+            for i, j, _, added in step.groups:
+                new = k[i:j, step.columns - added :].transpose(1, 2)
                 kernels.update_key_norms(layer.norms[i:j], new, step.starts[i:j])
 
 

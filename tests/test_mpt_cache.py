@@ -250,3 +250,28 @@ def test_learned_positions_end() -> None:
     cache = model.eval()(torch.zeros(1, 16, dtype=torch.long), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="17 positions and max_seq_len is 16"):
         model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_key_norms_are_taken_where_a_cache_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the length on at which decoding skips: of all keys so far, then of the new ones, ragged rows and all."""
+    monkeypatch.setattr("mpt.cache.SKIPPING", 128)
+    model = MptForCausalLM(MptConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=64)).eval()
+    ids = torch.randint(64, (3, 300))
+    mask = torch.arange(300) >= torch.tensor([[0], [40], [71]])
+    cache, end = MptCache(320), 0
+    for size in [100, 27, 1, 1, 70, 1, -60, -50, 20, 1, 80]:  # below 0: cropped
+        if size < 0:
+            cache.crop(end + size)
+        else:
+            model(ids[:, end : end + size], attention_mask=mask[:, : end + size], past_key_values=cache)
+        end += size
+        if end < 128 or size < 0:
+            continue
+        k, _, norms = cache._layers[0]
+        for row, length in enumerate(cache.lengths):
+            blocks = -(-length // 64)
+            expected = torch.stack(
+                [k[row, :, : min((c + 1) * 64, length)].norm(dim=-1).amax(1) for c in range(blocks)], 1
+            )
+            torch.testing.assert_close(norms[row, :, :blocks], expected)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 GRAIN = 64  # keys to a block of key norms; capacities are multiples
 DECODED = 16  # queries that decode_attention takes at most
-SKIPPING = 1024  # keys below which finding those that cannot matter costs more than reading them
+SKIPPING = 1024  # keys below which decoding reads all: on a CPU, finding those that cannot matter costs more
 
 
 class _Layer(NamedTuple):

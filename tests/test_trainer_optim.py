@@ -112,7 +112,7 @@ def test_steps_follow_the_formula(name, decay_all, generator):
     decayed = set(before) if decay_all else {"up.weight", "down.weight", "lm_head.weight"}
     expected = by_hand(before, grads, decayed=decayed)
     for n, p in model.named_parameters():
-        close = {"rtol": 4 * torch.finfo(p.dtype).eps, "atol": 5e-7}
+        close = {"rtol": 5 * torch.finfo(p.dtype).eps, "atol": 1e-8}  # a step rounds the weight twice, by half of eps
         torch.testing.assert_close(p.detach().double(), expected[n], **close, msg=lambda m, n=n: f"{n}: {m}")
 
 

@@ -246,18 +246,20 @@ class _Offloaded(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         groups = self.param_groups
-        for group in groups:
-            for params in _pieces(group["params"], self.state):
-                hosts = [(p, name, host) for p in params for name, host in self.state[p].items() if host.dim()]
-                for p, name, host in hosts:
-                    self.state[p][name] = here = torch.empty_like(p, dtype=host.dtype, requires_grad=False)
-                    _local(here).copy_(_local(host), non_blocking=True)
-                self.param_groups = [group | {"params": params}]
-                super().step()
-                for p, name, host in hosts:
-                    _local(host).copy_(_local(self.state[p][name]), non_blocking=True)
-                    self.state[p][name] = host
-        self.param_groups = groups
+        try:
+            for group in groups:
+                for params in _pieces(group["params"], self.state):
+                    hosts = [(p, name, host) for p in params for name, host in self.state[p].items() if host.dim()]
+                    for p, name, host in hosts:
+                        self.state[p][name] = here = torch.empty_like(p, dtype=host.dtype, requires_grad=False)
+                        _local(here).copy_(_local(host), non_blocking=True)
+                    self.param_groups = [group | {"params": params}]
+                    super().step()
+                    for p, name, host in hosts:
+                        _local(host).copy_(_local(self.state[p][name]), non_blocking=True)
+                        self.state[p][name] = host
+        finally:
+            self.param_groups = groups
         if params[0].is_cuda:
             torch.cuda.current_stream(params[0].device).synchronize()  # a checkpoint may read the host's copies next
         return None

@@ -113,6 +113,21 @@ def first_kept(
     return (passes * GRAIN).int()
 
 
+def reach(q: Tensor, k: Tensor, lse: Tensor, slopes: Tensor, *, scale: float, bits: int) -> Tensor:
+    """A distance for each head: keys as far before a query as that, or farther, weigh at most 2^-bits of its row's
+    total, for any input.
+
+    q (N, R, S, D), k (N, T, D), lse (N, R, S) natural log (-inf: a row that sees nothing), slopes (N, R). Returns fp32
+    (N, R), inf where nothing is known. The method is `first_kept`'s, with the totals known.
+    """
+    size, largest = _norms(q.float()) * scale, _norms(k.float()).amax(-1)[:, None, None]
+    over = (size * largest * (1 + 2 * _RHO_TF32) - lse).masked_fill(lse == -math.inf, -math.inf).amax(-1) * _LOG2E
+    slope = slopes.float()
+    terms = (1 / slope + 0.5 + slope / 12).clamp(max=k.shape[1]).log2()
+    found = ((over + terms + bits + 1 / 16) / (_FAR * _LOG2E * slope)).ceil()
+    return found.masked_fill(~(found.isfinite() & (slope > 0)), math.inf)
+
+
 def block_norms(k: Tensor, positions: Tensor, length: int) -> Tensor:
     """The largest norm in each block of GRAIN keys, fp32 (N, ceil(length / GRAIN)), for keys k (N, T, D) at `positions`
     (T,) of `length`; 0 for a block without any.

@@ -623,7 +623,7 @@ def _op_backward(
     dropout_p: float,
     products: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv. out and lse: for Triton alone."""
+    """dq, dk, dv. out and lse: None where plain torch works in steps."""
     masks = (attention_mask, sequence_id, prefix_mask)
     with no_autocast(q), on_device(q):
         rest: Any = (causal, scale, window, query_offset, dropout_p)
@@ -631,7 +631,7 @@ def _op_backward(
             assert out is not None and lse is not None
             call = _call(q, k, slopes, *masks, seed, *rest, products=products, skip=starts.numel() > 0)
             return _flash_attention_bwd(do, dlse, q, k, v, out, lse, starts, call)
-        return plain.attend_backward(do, dlse, q, k, v, starts, plain.make_call(slopes, *masks, seed, *rest))
+        return plain.attend_backward(do, dlse, q, k, v, out, lse, starts, plain.make_call(slopes, *masks, seed, *rest))
 
 
 @_op_backward.register_fake
@@ -643,7 +643,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)  # mostly nothing depends on lse
     *settings, _, products = inputs[8:]
     ctx.settings = (*settings, products)
-    ctx.save_for_backward(*inputs[:3], *((None, None) if products is None else output[:2]), output[2], *inputs[3:8])
+    from_lse = products is not None or plain.fused(inputs[0], settings[-1])
+    ctx.save_for_backward(*inputs[:3], *(output[:2] if from_lse else (None, None)), output[2], *inputs[3:8])
 
 
 def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:

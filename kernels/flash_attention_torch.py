@@ -3,24 +3,33 @@
 CHUNK queries of a few heads make a tile. Bias, causality and window depend on j - i alone, so each head has one vector
 of them and a tile's bias is an overlapping view of that vector; for its strides to be positive the queries lie in
 reverse order. Key ranges come from `alibi.first_kept` (exact skipping, see there) and from the masks; the backward
-walks the forward's tiles. Whole rows of a tile fit, so each tile's softmax is the plain one; the backward recomputes
-it, and keeps only each chunk's first key.
+walks the forward's tiles.
+
+On a CPU torch's own flash attention (Dao et al. 2022) does a tile, with the bias as its mask, and the backward has out
+and lse. What that cannot do (dropout, a gradient of lse, float64, other devices) is done in steps: whole rows of a tile
+fit, so the softmax is the plain one, and the backward recomputes it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.alibi import Rules, first_kept
+from kernels.alibi import Rules, first_kept, reach
 from kernels.backend import wide
 
-CHUNK = 128  # queries of a tile
-_CPU_ELEMENTS = 2**18  # scores of a tile: they stay in the cache
+CHUNK = 256  # queries of a tile
+_CPU_ELEMENTS = 2**18  # scores of a tile done in steps: they stay in the cache
 _GPU_ELEMENTS = 2**25
-_SMALL = 2**16  # below this a tile costs more in calls than in arithmetic: neighbours are joined
+_MASK_ELEMENTS = 2**22  # of a mask that is no view
+_SMALL = 2**16  # scores that cost less than a tile's calls: for fewer in vain, neighbours are joined
+_PART = 256  # keys of a head that are worth a thread in the backward
+_SHARES = 8  # heads or parts of them in a tile: enough for as many threads
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class _Tile(NamedTuple):
@@ -90,7 +99,8 @@ def _runs(begin: list[int], end: list[int], rows: int, limit: int) -> list[tuple
             i0, _, a0, b0 = runs[-1]
             a1, b1 = min(a, a0), max(b, b0)
             size = (i + 1 - i0) * rows * (b1 - a1)
-            if size <= (limit if (a0, b0) == (a, b) else _SMALL):
+            in_vain = size - rows * ((i - i0) * (b0 - a0) + b - a)
+            if size <= limit and in_vain <= _SMALL:
                 runs[-1] = (i0, i + 1, a1, b1)
                 continue
         runs.append((i, i + 1, a, b))
@@ -115,14 +125,16 @@ class _Bias(NamedTuple):
     none: bool
 
 
-def _bias(
-    slopes: Tensor | None, n: int, r: int, batch: int, queries: int, keys: int, rules: Rules, like: Tensor
-) -> _Bias:
-    zero = queries + rules.query_offset
-    away = torch.arange(-zero, keys, device=like.device, dtype=torch.long)
-    bias = torch.zeros(1, 1, len(away), device=like.device, dtype=like.dtype)
+def _bias(slopes: Tensor | None, q: Tensor, keys: int, batch: int, rules: Rules, far: Tensor | None = None) -> _Bias:
+    """For q (N, R, S, D). far (N, R): the distance from which on keys are left out."""
+    n, r, queries, _ = q.shape
+    zero, dtype = queries + rules.query_offset, wide(q.dtype)
+    away = torch.arange(-zero, keys, device=q.device, dtype=torch.long)
+    bias = torch.zeros(1, 1, len(away), device=q.device, dtype=dtype)
     if slopes is not None:
-        bias = _fold_slopes(slopes.to(like.dtype), n, r, batch)[..., None] * -away.abs()
+        bias = _fold_slopes(slopes.to(dtype), n, r, batch)[..., None] * -away.abs()
+    if far is not None:
+        bias = bias.masked_fill(-away >= far[..., None], float("-inf"))
     if not rules.masked and rules.causal:
         bias = bias.masked_fill(away > 0, float("-inf"))
     if not rules.masked and rules.window is not None:
@@ -136,19 +148,36 @@ def _fold_slopes(slopes: Tensor, n: int, r: int, batch: int) -> Tensor:
     return slopes.view(n // batch, 1, r).expand(-1, batch, -1).reshape(n, r)
 
 
+def _bias_of(chunk: _Chunk, tile: _Tile, bias: _Bias, offset: int) -> Tensor:
+    """(n, r, rows, keys), a view."""
+    n0, n1, r0, r1, a, b = tile
+    v = bias.vector
+    begin = bias.zero + a - (offset + chunk.last - 1)  # the first row of the tile is the last query
+    shape, strides = (n1 - n0, r1 - r0, chunk.last - chunk.first, b - a), (v.stride(0), v.stride(1), 1, 1)
+    return v.as_strided(shape, strides, v[n0, r0, begin].storage_offset())
+
+
+def _unseen(see: Tensor, tile: _Tile, batch: int) -> Tensor:
+    """(n, 1, rows, keys)"""
+    of = torch.arange(tile.n0, tile.n1, device=see.device) % batch
+    return ~see[of, :, tile.a : tile.b][:, None]
+
+
 def _scores(q: Tensor, k: Tensor, chunk: _Chunk, tile: _Tile, bias: _Bias, batch: int, offset: int) -> Tensor:
     """(n, r, rows, keys) in the dtype of q (N, R, S, D) and k (N, T, D): scores with bias, -inf where invisible."""
     n0, n1, r0, r1, a, b = tile
     rows = chunk.last - chunk.first
     s = torch.bmm(_rows(q, chunk, tile), k[n0:n1, a:b].mT).view(n1 - n0, r1 - r0, rows, b - a)
     if not bias.none:
-        v = bias.vector
-        begin = bias.zero + a - (offset + chunk.last - 1)  # the first row of the tile is the last query
-        s += v[n0:n1, r0:r1].as_strided(s.shape, (v.stride(0), v.stride(1), 1, 1), v[n0, r0, begin].storage_offset())
-    if chunk.see is not None:
-        of = torch.arange(n0, n1, device=s.device) % batch
-        s.masked_fill_(~chunk.see[of, :, a:b][:, None], float("-inf"))
-    return s
+        s += _bias_of(chunk, tile, bias, offset)
+    return s if chunk.see is None else s.masked_fill_(_unseen(chunk.see, tile, batch), float("-inf"))
+
+
+def _mask(chunk: _Chunk, tile: _Tile, bias: _Bias, batch: int, offset: int) -> Tensor | None:
+    """What torch's flash attention adds to the scores: (n, r, rows, keys)."""
+    if chunk.see is None:
+        return None if bias.none else _bias_of(chunk, tile, bias, offset)
+    return _bias_of(chunk, tile, bias, offset).masked_fill(_unseen(chunk.see, tile, batch), float("-inf"))
 
 
 def _softmax(s: Tensor, may_be_blind: bool) -> Tensor:
@@ -173,6 +202,11 @@ def _fold(x: Tensor, heads: int) -> Tensor:
     b, s, h, d = x.shape
     x = x.flip(1).view(b, s, heads, h // heads, d)
     return x.permute(2, 0, 3, 1, 4).reshape(heads * b, h // heads, s, d)
+
+
+def _fold_keys(x: Tensor) -> Tensor:
+    """(B, T, G, D) -> (N, T, D)"""
+    return x.permute(2, 0, 1, 3).reshape(-1, x.shape[1], x.shape[3])
 
 
 def _unfold(x: Tensor, batch: int) -> Tensor:
@@ -225,60 +259,191 @@ def make_call(
     return Call(rules, slopes, scale, dropout_p, seed if dropout_p else None)
 
 
+def fused(q: Tensor, dropout_p: float) -> bool:
+    """Whether torch's flash attention can do the forward."""
+    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16) and not dropout_p
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, skip: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out (B, S, H, D), lse (B, H, S), starts (N, R, chunks), kept ()."""
-    (batch, queries, h, d), (keys, g) = q.shape, k.shape[1:3]
-    n, r, up, rules = g * batch, h // g, wide(q.dtype), call.rules
-    qs = _fold(q, g).to(up) * call.scale
-    kf, vf = (x.permute(2, 0, 1, 3).reshape(n, keys, -1) for x in (k.to(up), v))
-    starts = torch.zeros(n, r, -(-queries // CHUNK), dtype=torch.int32, device=q.device)
-    if skip and call.slopes is not None and queries + rules.query_offset > 2 * CHUNK:
-        bits = 53 if up == torch.float64 else 24
-        slopes = _fold_slopes(call.slopes.to(q.device), n, r, batch)
-        starts = first_kept(qs.flip(2), kf, slopes, rules, chunk=CHUNK, bits=bits)
-    bias = _bias(call.slopes, n, r, batch, queries, keys, rules, qs)
-    out = torch.zeros(n, r, queries, d, dtype=v.dtype, device=v.device)
-    lse = torch.full((n, r, queries), float("-inf"), dtype=up, device=q.device)
-    generator, done, whole = call.generator(q.device), 0, 0
-    may_be_blind = rules.masked or rules.window is not None
-    limit = _CPU_ELEMENTS if q.device.type == "cpu" else _GPU_ELEMENTS
-    for chunk in _walk(starts.tolist(), batch, queries, keys, rules, limit):
-        rows = chunk.last - chunk.first
-        causal = rules.causal and rules.prefix_mask is None
-        whole += n * r * rows * (min(keys, rules.query_offset + chunk.last) if causal else keys)
-        for tile in chunk.tiles:
-            n0, n1, r0, r1, a, b = tile
-            s = _scores(qs, kf, chunk, tile, bias, batch, rules.query_offset)
-            top = s.amax(-1)
-            p = _softmax(s, may_be_blind)
-            largest = p.amax(-1)  # 1 / sum exp(s - top)
-            lse[n0:n1, r0:r1, chunk.rows] = top - largest.clamp_min_(1e-30).log_()
-            keep = call.keep(p, generator)
-            p = p if keep is None else p.mul_(keep)
-            o = torch.bmm(p.to(v.dtype).flatten(1, 2), vf[n0:n1, a:b])
-            out[n0:n1, r0:r1, chunk.rows] = o.view(n1 - n0, r1 - r0, rows, -1)
-            done += s.numel()
+    (batch, queries, _, _), (keys, g), rules = q.shape, k.shape[1:3], call.rules
+    qf, kf, vf = _fold(q, g), _fold_keys(k), _fold_keys(v)
+    starts = _starts(qf, kf, batch, call, skip)
+    flash = fused(q, call.dropout_p)
+    chunks = list(_walk(starts.tolist(), batch, queries, keys, rules, _limit(flash, rules, q.device)))
+    out, lse = (_forward if flash else _forward_in_steps)(qf, kf, vf, batch, call, chunks)
+    done, whole = 0, 0
+    for chunk in chunks:
+        rows, causal = chunk.last - chunk.first, rules.causal and rules.prefix_mask is None
+        whole += qf.shape[0] * qf.shape[1] * rows * (min(keys, rules.query_offset + chunk.last) if causal else keys)
+        done += sum((t.n1 - t.n0) * (t.r1 - t.r0) * rows * (t.b - t.a) for t in chunk.tiles)
     kept = torch.tensor(done / max(whole, 1), dtype=torch.float32, device=q.device)
     return _unfold(out, batch), _unfold(lse[..., None], batch)[..., 0].mT.contiguous(), starts, kept
 
 
+def _starts(q: Tensor, k: Tensor, batch: int, call: Call, skip: bool) -> Tensor:
+    """(N, R, chunks) int32: the first key of each chunk of queries."""
+    n, r, queries, _ = q.shape
+    if not skip or call.slopes is None or queries + call.rules.query_offset <= CHUNK:
+        return torch.zeros(n, r, -(-queries // CHUNK), dtype=torch.int32, device=q.device)
+    slopes, up = _fold_slopes(call.slopes.to(q.device), n, r, batch), wide(q.dtype)
+    bits = 53 if up == torch.float64 else 24
+    return first_kept(q.flip(2).to(up) * call.scale, k.to(up), slopes, call.rules, chunk=CHUNK, bits=bits)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, batch: int, call: Call, chunks: Iterable[_Chunk]
+) -> tuple[Tensor, Tensor]:
+    """out (N, R, S, D), lse (N, R, S) of q (N, R, S, D), k and v (N, T, D)."""
+    rules = call.rules
+    bias = _bias(call.slopes, q, k.shape[1], batch, rules)
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"))
+    for chunk in chunks:
+        for tile in chunk.tiles:
+            n0, n1, r0, r1, a, b = tile
+            at = (slice(n0, n1), slice(r0, r1), chunk.rows)
+            mask = _mask(chunk, tile, bias, batch, rules.query_offset)
+            k_tile, v_tile = (x[n0:n1, None, a:b].expand(-1, r1 - r0, -1, -1) for x in (k, v))
+            out[at], lse[at] = _flash(q[at], k_tile, v_tile, attn_mask=mask, scale=call.scale)
+            if mask is not None and (rules.masked or rules.window is not None):
+                lse[at].masked_fill_(mask.amax(-1) == float("-inf"), float("-inf"))
+    return out, lse
+
+
+def _forward_in_steps(
+    q: Tensor, k: Tensor, v: Tensor, batch: int, call: Call, chunks: Iterable[_Chunk]
+) -> tuple[Tensor, Tensor]:
+    """As `_forward`."""
+    up, rules = wide(q.dtype), call.rules
+    qs, ku = q.to(up) * call.scale, k.to(up)
+    bias = _bias(call.slopes, q, k.shape[1], batch, rules)
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), dtype=up, device=q.device)
+    generator = call.generator(q.device)
+    for chunk in chunks:
+        for tile in chunk.tiles:
+            n0, n1, r0, r1, a, b = tile
+            at = (slice(n0, n1), slice(r0, r1), chunk.rows)
+            s = _scores(qs, ku, chunk, tile, bias, batch, rules.query_offset)
+            top = s.amax(-1)
+            p = _softmax(s, rules.masked or rules.window is not None)
+            largest = p.amax(-1)  # 1 / sum exp(s - top)
+            lse[at] = top - largest.clamp_min_(1e-30).log_()
+            keep = call.keep(p, generator)
+            p = p if keep is None else p.mul_(keep)
+            out[at] = torch.bmm(p.to(v.dtype).flatten(1, 2), v[n0:n1, a:b]).view(out[at].shape)
+    return out, lse
+
+
+def _limit(flash: bool, rules: Rules, device: torch.device) -> int:
+    """Scores of a tile."""
+    if flash:
+        return _MASK_ELEMENTS if rules.masked else 2**62
+    return _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
+
+
 def attend_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    starts: Tensor,
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv. out and lse: where `fused`; without them the backward is done in steps."""
+    if dlse is None and out is not None and lse is not None:
+        grads = _backward(do, q, k, v, out, lse, starts, call)
+    else:
+        grads = _backward_in_steps(do, dlse, q, k, v, starts, call)
+    batch, g = q.shape[0], k.shape[2]
+    dk, dv = (x.to(k.dtype).view(g, batch, *x.shape[1:]).permute(1, 2, 0, 3).contiguous() for x in grads[1:])
+    return _unfold(grads[0].to(q.dtype), batch), dk, dv
+
+
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (N, R, S, D) in q's dtype, dk and dv (N, T, D) in fp32."""
+    batch, g, rules, far = q.shape[0], k.shape[2], call.rules, None
+    qf, dof, outf, kf, vf = _fold(q, g), _fold(do.to(v.dtype), g), _fold(out, g), _fold_keys(k), _fold_keys(v)
+    (n, r), keys = qf.shape[:2], kf.shape[1]
+    lsef = _fold(lse.mT[..., None], g)[..., 0]
+    if call.slopes is not None and bool(starts.any()):
+        # Products with probabilities next to nothing are subnormal numbers, which cost many times the others.
+        far = reach(qf, kf, lsef, _fold_slopes(call.slopes, n, r, batch), scale=call.scale, bits=24)
+    bias = _bias(call.slopes, qf, keys, batch, rules, far)
+    lsef.masked_fill_(lsef == float("-inf"), 0.0)  # a row that sees nothing: exp(-inf - 0), not exp(-inf + inf)
+    # Where rows may see far keys alone, lse is rounded as the large number that the bias makes it. Such a tile is done
+    # again, with a bias of 0 on each row's nearest key.
+    remote = q.dtype == torch.float32 and (rules.attention_mask is not None or rules.query_offset + q.shape[1] > keys)
+    dq = torch.zeros_like(qf)
+    dk, dv = (torch.zeros_like(kf, dtype=torch.float32) for _ in range(2))
+    limit = _MASK_ELEMENTS if remote else _limit(True, rules, q.device)
+    for chunk in _walk(starts.tolist(), batch, qf.shape[2], keys, rules, limit):
+        for tile in chunk.tiles:
+            n0, n1, r0, r1, a, b = tile
+            at = (slice(n0, n1), slice(r0, r1), chunk.rows)
+            mask = _mask(chunk, tile, bias, batch, rules.query_offset)
+            do_t, q_t, out_t, lse_t = (x[at] for x in (dof, qf, outf, lsef))
+            k_t, v_t = (x[n0:n1, a:b] for x in (kf, vf))
+            if remote and mask is not None:
+                mask = mask - mask.amax(-1, keepdim=True).clamp_min_(torch.finfo(mask.dtype).min)
+                wide_k, wide_v = (x[:, None].expand(-1, r1 - r0, -1, -1) for x in (k_t, v_t))
+                out_t, lse_t = _flash(q_t, wide_k, wide_v, attn_mask=mask, scale=call.scale)
+            dq[at], dk_tile, dv_tile = _tile_backward([do_t, q_t, out_t, lse_t], [k_t, v_t], mask, call.scale)
+            dk[n0:n1, a:b] += dk_tile
+            dv[n0:n1, a:b] += dv_tile
+    return dq, dk, dv
+
+
+def _tile_backward(
+    at_queries: list[Tensor], at_keys: list[Tensor], mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (n, r, rows, D), dk and dv (n, keys, D), from do, q, out (n, r, rows, D), lse (n, r, rows); k, v (n, keys, D);
+    mask (n, r, rows, keys). n or r is 1.
+
+    torch gives each thread whole heads. Where they are few, parts of the keys are as heads of their own.
+    """
+    (n, r), keys = at_queries[0].shape[:2], at_keys[0].shape[1]
+    parts, dim = _parts(n * r, keys), 0 if n == 1 else 1
+    do, q, out, lse = (x.expand(*(parts if i == dim else m for i, m in enumerate(x.shape))) for x in at_queries)
+    k, v = (x.unflatten(1, (parts, -1)) for x in at_keys)  # (n, parts, keys, D)
+    if dim == 0:
+        k, v = (x.transpose(0, 1).expand(-1, r, -1, -1) for x in (k, v))
+    if mask is not None:  # (n, r, rows, parts, keys)
+        mask = mask.unflatten(3, (parts, -1)).squeeze(dim).movedim(2, dim)
+    dq, dk, dv = _flash_backward(do, q, k, v, out, lse.contiguous(), 0.0, False, attn_mask=mask, scale=scale)
+    if dim == 0:
+        dk, dv = (x.sum(1, dtype=torch.float32).unsqueeze(0) for x in (dk, dv))
+    dq = dq if parts == 1 else dq.sum(dim, keepdim=True, dtype=torch.float32)
+    return dq, dk.flatten(1, 2), dv.flatten(1, 2)
+
+
+def _parts(heads: int, keys: int) -> int:
+    """Of the keys. Not by the number of threads: on that the sums shall not depend."""
+    parts = 1
+    while heads * parts < _SHARES and keys % (2 * parts) == 0 and keys >= 2 * parts * _PART:
+        parts *= 2
+    return parts
+
+
+def _backward_in_steps(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, queries, h, d), (keys, g) = q.shape, k.shape[1:3]
-    n, r, up, rules = g * batch, h // g, wide(q.dtype), call.rules
+    """dq (N, R, S, D), dk and dv (N, T, D), in fp32 (fp64 for fp64)."""
+    (batch, queries, _, d), (keys, g) = q.shape, k.shape[1:3]
+    up, rules = wide(q.dtype), call.rules
     dlse = None if dlse is None else _fold(dlse.mT[..., None], g)
-    qf, do = _fold(q, g), _fold(do.to(v.dtype), g)
-    qs = qf.to(up) * call.scale
-    kf, vf = (x.permute(2, 0, 1, 3).reshape(n, keys, -1) for x in (k, v))
-    ku = kf.to(up)
-    bias = _bias(call.slopes, n, r, batch, queries, keys, rules, qs)
+    qf, do, kf, vf = _fold(q, g), _fold(do.to(v.dtype), g), _fold_keys(k), _fold_keys(v)
+    qs, ku = qf.to(up) * call.scale, kf.to(up)
+    bias = _bias(call.slopes, qf, keys, batch, rules)
     dq = torch.zeros_like(qs)
     # (D, T): matrix products this way round are faster
-    dk, dv = (torch.zeros(n, d, keys, dtype=up, device=q.device) for _ in range(2))
+    dk, dv = (torch.zeros(len(kf), d, keys, dtype=up, device=q.device) for _ in range(2))
     generator, may_be_blind = call.generator(q.device), rules.masked or rules.window is not None
-    limit = _CPU_ELEMENTS if q.device.type == "cpu" else _GPU_ELEMENTS
-    for chunk in _walk(starts.tolist(), batch, queries, keys, rules, limit):
+    for chunk in _walk(starts.tolist(), batch, queries, keys, rules, _limit(False, rules, q.device)):
         for tile in chunk.tiles:
             n0, n1, r0, r1, a, b = tile
             at = (slice(n0, n1), slice(r0, r1), chunk.rows)
@@ -293,6 +458,4 @@ def attend_backward(
             ds = (ds if dlse is None else ds.addcmul_(p, dlse[at])).to(q.dtype).flatten(1, 2)
             dq[at] = torch.bmm(ds, kf[n0:n1, a:b]).view(dq[at].shape).to(up)
             dk[n0:n1, :, a:b] += torch.bmm(_rows(qf, chunk, tile).mT, ds)
-    dq, dk = dq.mul_(call.scale).to(q.dtype), dk.mul_(call.scale).to(k.dtype)
-    dk, dv = (x.view(g, batch, d, keys).permute(1, 3, 0, 2).contiguous() for x in (dk, dv.to(v.dtype)))
-    return _unfold(dq, batch), dk, dv
+    return dq.mul_(call.scale), dk.mul_(call.scale).mT, dv.mT

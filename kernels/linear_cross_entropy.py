@@ -199,14 +199,19 @@ def _run_triton(
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b, in fp32 (None: a b)."""
-    if a.dtype == torch.float32:
+    """total + a b, in fp32 or float64 (None: a b)."""
+    if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
     if a.device.type == "cuda" and not torch.version.hip:
         part = torch.mm(a, b, out_dtype=torch.float32)
     else:
         part = torch.mm(a, b)
-    return part.float() if total is None else total.add_(part)
+    if total is None:
+        return part.float()
+    rows = max(1, _CACHED_ELEMENTS // total.shape[1]) if total.device.type == "cpu" else len(total)
+    for sums, terms in zip(total.split(rows), part.split(rows)):
+        sums.add_(terms)  # a CPU makes an fp32 copy of the terms
+    return total
 
 
 def variants(architecture: str) -> list[Variant]:
@@ -279,8 +284,8 @@ def _run(
     w, tokens = weight.to(low), len(counted)
     losses = torch.zeros(tokens, dtype=up, device=hidden.device)
     dh = torch.empty(tokens if grads[0] else 0, d, dtype=low, device=hidden.device)
-    dw = torch.zeros(weight.shape if grads[1] else (0, d), dtype=up, device=hidden.device)
     ranges = _chunks(tokens, vocab, chunk_size, hidden.device, _CPU_ROWS)
+    dw: Tensor | None = None
     block = max(1, _CACHED_ELEMENTS // vocab) if hidden.device.type == "cpu" else n
     for i, j in ranges:
         z_low = product(h[i:j], w)
@@ -294,11 +299,11 @@ def _run(
                 z_low[first - i : last - i] = z
         if grads[0]:
             dh[i:j] = product(z_low, w.mT)
-        if grads[1] and low == up:
-            dw.addmm_(z_low.mT, h[i:j])
-        elif grads[1]:
-            dw.add_(torch.mm(z_low.mT, h[i:j]))
+        if grads[1]:
+            dw = _add_product(dw, z_low.mT, h[i:j])
         del z_low, z  # before the next chunk's is made; z may be a view of it
+    if dw is None:
+        dw = torch.zeros(weight.shape if grads[1] else (0, d), dtype=up, device=hidden.device)
     if not every:
         losses = losses.new_zeros(n).index_copy_(0, counted, losses)
         dh = dh.new_zeros(n, d).index_copy_(0, counted, dh) if grads[0] else dh

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.alibi import GRAIN, Rules, block_norms, first_kept
+from kernels.alibi import GRAIN, Rules, block_norms, first_kept, reach
 
 CAUSAL = Rules(True, None, 0, None, None, None)
 
@@ -116,6 +116,39 @@ def test_skipped_keys_weigh_at_most_two_to_the_minus_24(kind: str, s: int, chunk
     p = weights(q, k, slopes, torch.ones(s, s, dtype=torch.bool).tril())
     skipped = torch.arange(s) < start[:, 0].repeat_interleave(chunk, 1)[:, :s, None]
     assert (p * skipped).sum(-1).max() <= 2.0**-24
+
+
+def log_sums(q: Tensor, k: Tensor, slopes: Tensor) -> Tensor:
+    """(H, 1, S)"""
+    away = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+    scores = q.double() @ k[:, None].double().mT - slopes.double()[..., None, None] * away
+    return scores.masked_fill(away < 0, -math.inf).logsumexp(-1).float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_out_of_reach_weigh_at_most_two_to_the_minus_24(kind: str):
+    q, k, slopes = inputs(kind, 4, 700, 32)
+    far = reach(q / 3, k, log_sums(q, k, slopes), slopes, scale=3.0, bits=24)
+    assert far.shape == (4, 1)
+    p = weights(q, k, slopes, torch.ones(700, 700, dtype=torch.bool).tril())
+    away = torch.arange(700)[:, None] - torch.arange(700)
+    assert (p * (away >= far[..., None])).sum(-1).max() <= 2.0**-24
+    if kind in ("random", "zero queries", "tiny"):
+        assert (far[0] < 150).all(), "the steepest head reaches no farther"
+
+
+def test_reach_is_unbounded_where_nothing_is_known():
+    q, k, slopes = inputs("random", 4, 700, 32)
+    lse = log_sums(q, k, slopes)
+    assert reach(q, k, lse, slopes * 0, scale=1.0, bits=24).isinf().all()
+    assert reach(q, k, lse, -slopes, scale=1.0, bits=24).isinf().all()
+    blind = lse.masked_fill(torch.arange(700) % 2 == 0, -math.inf)
+    assert reach(q, k, blind, slopes, scale=1.0, bits=24).isfinite().all()
+    assert reach(q, k, lse * -math.inf, slopes, scale=1.0, bits=24).isinf().all()
+    for x in (q, k):
+        x[1, ..., 3, :] = math.nan
+        assert ((reach(q, k, lse, slopes, scale=1.0, bits=24) > 1e6).flatten() == (torch.arange(4) == 1)).all()
+        x[1] = 0.0
 
 
 @pytest.mark.parametrize("kind", ["random", "large", "zero queries", "tiny"])

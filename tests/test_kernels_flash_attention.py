@@ -8,12 +8,13 @@ from functools import partial
 import pytest
 import skipping
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close, compare, hold
 from torch import Tensor
 
 import kernels
+from kernels import flash_attention_torch as plain
 from kernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,9 +39,21 @@ def qkv(b: int, s: int, h: int, d: int, g: int | None = None, t: int | None = No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("s", [1, 17, 127, 128, 129, 300])
+@pytest.mark.parametrize("s", [2, 17, 255, 256, 257, 600])
 def test_lengths(s: int, dtype: torch.dtype):
     both(*qkv(2, s, 4, 16), dtype, alibi_slopes=kernels.alibi_slopes(4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_single_query_is_its_value(dtype: torch.dtype):
+    """With one key the probability is 1, so that dq and dk cancel but for the rounding of fp32 sums."""
+    q, k, v = (x.to(dtype).requires_grad_() for x in qkv(2, 1, 2, 16))
+    out = kernels.flash_attention(q, k, v, alibi_slopes=kernels.alibi_slopes(2))
+    do = torch.randn_like(out)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), do)
+    assert torch.equal(out, v) and torch.equal(dv, do)
+    rounding = 32 * torch.finfo(torch.float32).eps * do.abs().max() * v.abs().max()
+    assert dq.abs().max() <= rounding * k.abs().max() and dk.abs().max() <= rounding * q.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,6 +127,7 @@ def test_each_mask(name: str):
     seed=st.integers(0, 2**20),
 )
 def test_masks_in_combination(b, s, before, extra, heads, window, causal, alibi, names, seed):
+    """In bf16, and not where hardly a row sees two keys: there gradients are what rounding leaves of zero."""
     torch.manual_seed(seed)
     t, (h, g) = before + s + extra, heads
     made = masks(b, t)
@@ -125,7 +139,10 @@ def test_masks_in_combination(b, s, before, extra, heads, window, causal, alibi,
     if given_masks["attention_mask"] is not None:
         given_masks["attention_mask"] = given_masks["attention_mask"].bool()
     slopes = kernels.alibi_slopes(h) * 2 if alibi else None
-    both(*qkv(b, s, h, 8, g, t), alibi_slopes=slopes, window=window, causal=causal, query_offset=before, **given_masks)
+    rules = {"window": window, "causal": causal, "query_offset": before, **given_masks}
+    see = reference.visible_pairs(s, t, **rules, device=torch.device("cpu"))
+    assume((see.sum(-1) > 1).sum() >= 20)
+    both(*qkv(b, s, h, 8, g, t), torch.bfloat16, alibi_slopes=slopes, **rules)
 
 
 @pytest.mark.parametrize(("s", "t", "offset"), [(1, 400, 399), (130, 400, 270), (200, 100, 0), (20, 100, 150)])
@@ -174,7 +191,7 @@ def test_float64_is_exact_and_gradcheck_passes():
         return kernels.flash_attention(q, k, v, alibi_slopes=kernels.alibi_slopes(2), attention_mask=mask)
 
     assert torch.autograd.gradcheck(function, (q, k, v))
-    q, k, v = (t.double() for t in qkv(1, 500, 4, 16))
+    q, k, v = (t.double() for t in qkv(1, 900, 4, 16))
     slopes = kernels.alibi_slopes(4) * 2
     out, kept = kernels.flash_attention(q, k, v, alibi_slopes=slopes, return_kept=True)
     assert kept < 1
@@ -214,7 +231,7 @@ def test_it_skips_and_says_so():
     assert 0.3 < kept(q, k, v, alibi_slopes=slopes) < 0.75
     assert kept(q, k, v, alibi_slopes=slopes, skip=False) == 1
     assert kept(q, k, v) == 1
-    assert kept(q, k, v, window=128) < 0.25
+    assert kept(q, k, v, window=128) < 0.35
     documents = torch.arange(2048)[None] // 256
     assert kept(q, k, v, sequence_id=documents) < 0.25
 
@@ -256,6 +273,25 @@ def test_the_backward_takes_the_forwards_pairs():
     for head in range(4):
         assert (dk[:, : first[head], head] == 0).all() and (dv[:, : first[head], head] == 0).all()
         assert (dv[:, first[head] + 128 :, head] != 0).any()
+
+
+def test_keys_out_of_reach_are_left_out_in_the_backward():
+    """Else their probabilities would be subnormal numbers, which slow a processor down many times."""
+    q, k, v = (x.requires_grad_() for x in qkv(1, 600, 1, 16))
+    out = kernels.flash_attention(q, k, v, alibi_slopes=torch.tensor([0.7]))
+    do = torch.zeros_like(out)
+    do[:, 400] = torch.randn(16)
+    dk, dv = torch.autograd.grad(out, (k, v), do)
+    near = (dv != 0).any(-1).flatten().nonzero().flatten()
+    assert near[-1] == 400 and 400 - 120 < near[0] < 400 - 20
+    assert (dv[0, near].abs().amax(-1) > 1e-35).all() and (dk[:, : near[0]] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("h", "g", "b", "t"), [(1, 1, 1, 2048), (3, 3, 1, 1024), (3, 1, 1, 1024), (2, 2, 2, 600)])
+def test_few_heads_are_shared_out_by_keys(h: int, g: int, b: int, t: int, dtype: torch.dtype):
+    assert plain._parts(h, t) > 1 or t == 600
+    both(*qkv(b, 300, h, 16, g, t), dtype, alibi_slopes=kernels.alibi_slopes(h) / 8, query_offset=t - 300)
 
 
 def test_not_finite_keys_are_not_hidden_by_skipping():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from data_files import edit_manifest, write_shards
 from launch import launch
 
@@ -86,8 +87,11 @@ def test_padding_is_counted_no_more_often_in_pieces(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [2, 3])  # where one stage ends, and inside of another
-def test_a_resumed_run_is_the_run_that_never_stopped(recipe, tmp_path, cut):
+def test_a_resumed_run_is_the_run_that_never_stopped(request, recipe, tmp_path, cut):
     """Whether or not the optimizer's state waits in host memory."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the launched runs have it: another number may round otherwise
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     assert run(load_config(recipe, [f"save_folder={tmp_path / 'whole'}"])) == 0
     overrides = [f"save_folder={tmp_path / 'cut'}"]
     runs = [

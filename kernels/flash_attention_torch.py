@@ -23,9 +23,10 @@ from kernels.backend import wide
 CHUNK = 256  # queries of a tile
 _CPU_ELEMENTS = 2**18  # scores of a tile done in steps: they stay in the cache
 _GPU_ELEMENTS = 2**25
-_MASK_ELEMENTS = 2**22  # of a mask that is no view
+_MASK_ELEMENTS = 2**22  # of a mask that is no view, or those of one head
 _SMALL = 2**16  # scores that cost less than a tile's calls: for fewer in vain, neighbours are joined
 _PART = 256  # keys of a head that are worth a thread in the backward
+_SHORT = 128  # keys
 _SHARES = 8  # heads or parts of them in a tile: enough for as many threads
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -204,16 +205,16 @@ def _fold(x: Tensor, heads: int) -> Tensor:
     return x.permute(2, 0, 3, 1, 4).reshape(heads * b, h // heads, s, d)
 
 
-def _fold_keys(x: Tensor) -> Tensor:
-    """(B, T, G, D) -> (N, T, D)"""
-    return x.permute(2, 0, 1, 3).reshape(-1, x.shape[1], x.shape[3])
-
-
 def _unfold(x: Tensor, batch: int) -> Tensor:
     """Its inverse, contiguous, as the operators' fakes say."""
     n, r, s, d = x.shape
     x = x.view(n // batch, batch, r, s, d).permute(1, 3, 0, 2, 4).reshape(batch, s, -1, d)
     return x.flip(1).contiguous()
+
+
+def _fold_keys(x: Tensor) -> Tensor:
+    """(B, T, G, D) -> (N, T, D)"""
+    return x.permute(2, 0, 1, 3).reshape(-1, x.shape[1], x.shape[3])
 
 
 class Call(NamedTuple):
@@ -264,19 +265,35 @@ def fused(q: Tensor, dropout_p: float) -> bool:
     return q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16) and not dropout_p
 
 
+def _ordinary(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Whether every score is finite. Of others torch's flash attention hides some, and lets a key that is not seen
+    spoil a row, as -inf is added to its score.
+    """
+    largest = 1.0
+    for x in (q, k):
+        low, high = x.detach().aminmax()
+        largest *= max(-float(low), float(high))  # NaN, if there is one, at the place of both
+    return largest * q.shape[-1] * scale < 1e38
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, skip: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out (B, S, H, D), lse (B, H, S), starts (N, R, chunks), kept ()."""
     (batch, queries, _, _), (keys, g), rules = q.shape, k.shape[1:3], call.rules
     qf, kf, vf = _fold(q, g), _fold_keys(k), _fold_keys(v)
     starts = _starts(qf, kf, batch, call, skip)
-    flash = fused(q, call.dropout_p)
-    chunks = list(_walk(starts.tolist(), batch, queries, keys, rules, _limit(flash, rules, q.device)))
-    out, lse = (_forward if flash else _forward_in_steps)(qf, kf, vf, batch, call, chunks)
     done, whole = 0, 0
-    for chunk in chunks:
-        rows, causal = chunk.last - chunk.first, rules.causal and rules.prefix_mask is None
-        whole += qf.shape[0] * qf.shape[1] * rows * (min(keys, rules.query_offset + chunk.last) if causal else keys)
-        done += sum((t.n1 - t.n0) * (t.r1 - t.r0) * rows * (t.b - t.a) for t in chunk.tiles)
+
+    def chunks(limit: int) -> Iterator[_Chunk]:
+        nonlocal done, whole
+        for chunk in _walk(starts.tolist(), batch, queries, keys, rules, limit):
+            rows, causal = chunk.last - chunk.first, rules.causal and rules.prefix_mask is None
+            whole += qf.shape[0] * qf.shape[1] * rows * (min(keys, rules.query_offset + chunk.last) if causal else keys)
+            done += sum((t.n1 - t.n0) * (t.r1 - t.r0) * rows * (t.b - t.a) for t in chunk.tiles)
+            yield chunk
+
+    flash = fused(q, call.dropout_p) and _ordinary(q, k, call.scale)
+    forward = _forward if flash else _forward_in_steps
+    out, lse = forward(qf, kf, vf, batch, call, chunks(_limit(flash, rules, q.device)))
     kept = torch.tensor(done / max(whole, 1), dtype=torch.float32, device=q.device)
     return _unfold(out, batch), _unfold(lse[..., None], batch)[..., 0].mT.contiguous(), starts, kept
 
@@ -298,14 +315,15 @@ def _forward(
     rules = call.rules
     bias = _bias(call.slopes, q, k.shape[1], batch, rules)
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"))
+    may_be_blind = rules.masked or (rules.window is not None and rules.query_offset + q.shape[2] > k.shape[1])
     for chunk in chunks:
         for tile in chunk.tiles:
             n0, n1, r0, r1, a, b = tile
             at = (slice(n0, n1), slice(r0, r1), chunk.rows)
             mask = _mask(chunk, tile, bias, batch, rules.query_offset)
-            k_tile, v_tile = (x[n0:n1, None, a:b].expand(-1, r1 - r0, -1, -1) for x in (k, v))
+            k_tile, v_tile = (_over_heads(x[n0:n1, a:b], r1 - r0) for x in (k, v))
             out[at], lse[at] = _flash(q[at], k_tile, v_tile, attn_mask=mask, scale=call.scale)
-            if mask is not None and (rules.masked or rules.window is not None):
+            if mask is not None and may_be_blind:  # torch gives 0, which `_backward` takes
                 lse[at].masked_fill_(mask.amax(-1) == float("-inf"), float("-inf"))
     return out, lse
 
@@ -334,6 +352,11 @@ def _forward_in_steps(
     return out, lse
 
 
+def _over_heads(x: Tensor, r: int) -> Tensor:
+    """(n, keys, D) -> (n, r, keys, D), a view."""
+    return x[:, None].expand(-1, r, -1, -1)
+
+
 def _limit(flash: bool, rules: Rules, device: torch.device) -> int:
     """Scores of a tile."""
     if flash:
@@ -353,8 +376,10 @@ def attend_backward(
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. out and lse: where `fused`; without them the backward is done in steps."""
-    if dlse is None and out is not None and lse is not None:
-        grads = _backward(do, q, k, v, out, lse, starts, call)
+    if dlse is None and out is not None and lse is not None and _ordinary(q, k, call.scale):
+        # In low precision torch's backward takes a while to begin.
+        dtype = torch.float32 if k.shape[1] <= _SHORT else q.dtype
+        grads = _backward(do.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), out.to(dtype), lse, starts, call)
     else:
         grads = _backward_in_steps(do, dlse, q, k, v, starts, call)
     batch, g = q.shape[0], k.shape[2]
@@ -390,8 +415,8 @@ def _backward(
             k_t, v_t = (x[n0:n1, a:b] for x in (kf, vf))
             if remote and mask is not None:
                 mask = mask - mask.amax(-1, keepdim=True).clamp_min_(torch.finfo(mask.dtype).min)
-                wide_k, wide_v = (x[:, None].expand(-1, r1 - r0, -1, -1) for x in (k_t, v_t))
-                out_t, lse_t = _flash(q_t, wide_k, wide_v, attn_mask=mask, scale=call.scale)
+                every = (_over_heads(x, r1 - r0) for x in (k_t, v_t))
+                out_t, lse_t = _flash(q_t, *every, attn_mask=mask, scale=call.scale)
             dq[at], dk_tile, dv_tile = _tile_backward([do_t, q_t, out_t, lse_t], [k_t, v_t], mask, call.scale)
             dk[n0:n1, a:b] += dk_tile
             dv[n0:n1, a:b] += dv_tile
@@ -407,11 +432,11 @@ def _tile_backward(
     torch gives each thread whole heads. Where they are few, parts of the keys are as heads of their own.
     """
     (n, r), keys = at_queries[0].shape[:2], at_keys[0].shape[1]
-    parts, dim = _parts(n * r, keys), 0 if n == 1 else 1
-    do, q, out, lse = (x.expand(*(parts if i == dim else m for i, m in enumerate(x.shape))) for x in at_queries)
+    parts, dim = _parts(n * r, keys), 0 if n == 1 else 1  # the parts take the place of this dimension, which is 1
+    do, q, out, lse = (x.expand([parts if i == dim else m for i, m in enumerate(x.shape)]) for x in at_queries)
     k, v = (x.unflatten(1, (parts, -1)) for x in at_keys)  # (n, parts, keys, D)
     if dim == 0:
-        k, v = (x.transpose(0, 1).expand(-1, r, -1, -1) for x in (k, v))
+        k, v = (_over_heads(x[0], r) for x in (k, v))
     if mask is not None:  # (n, r, rows, parts, keys)
         mask = mask.unflatten(3, (parts, -1)).squeeze(dim).movedim(2, dim)
     dq, dk, dv = _flash_backward(do, q, k, v, out, lse.contiguous(), 0.0, False, attn_mask=mask, scale=scale)

@@ -405,20 +405,20 @@ def _backward_temporaries(
 
     MLP: gradient and activation of the hidden width, the gradients of its output and input. Attention, in Triton: the
     gradients of its output and of q, k, v, before and after they are joined. On plain torch: q, k, v, the output, its
-    gradient and the results in another layout, those of keys in fp32 (kernels.flash_attention_torch). With dropout, and
-    where ranks share sequences, it works in steps: more of them in fp32, there of one of a rank's `blocks` of queries
-    at a time, those of keys being counted as the group's.
+    gradient and the results in another layout, those of keys in fp32 (kernels.flash_attention_torch), with dropout
+    more of them in fp32; where ranks share sequences, of one of a rank's `blocks` of queries at a time, and those of
+    keys are counted as the group's.
     """
     d, q, kv = c.d_model, c.n_heads * c.d_head, c.kv_heads * c.d_head
     part = tokens if chunk is None else min(chunk, tokens)
     mlp = width * (part * (2 if chunk is None else 3) * c.d_ffn + 2 * tokens * d)
     if device_type == "cuda":
         attention = width * (2 * (q + 2 * kv) + d)
-    elif not blocks and not c.attn_config.attn_pdrop:
-        attention = width * d + 4 * width * q + kv * (4 * width + 2 * FP32)
     else:
-        of_queries = q * (7 * FP32 if width == FP32 else 4 * width + 2 * FP32)
-        of_keys = kv * (4 * FP32 if width == FP32 else 3 * width + 3 * FP32)
+        of_queries, of_keys = q * 4 * width, kv * (4 * width + 2 * FP32)
+        if c.attn_config.attn_pdrop:
+            of_queries = q * (7 * FP32 if width == FP32 else 4 * width + 2 * FP32)
+            of_keys = kv * (4 * FP32 if width == FP32 else 3 * width + 3 * FP32)
         attention = width * d + (of_queries // blocks if blocks else of_queries + of_keys)
     gone = width * (2 * d + (c.d_ffn if chunk is None else 0))
     return mlp, tokens * (attention - gone)

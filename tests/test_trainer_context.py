@@ -143,12 +143,13 @@ def test_the_plan_counts_a_ranks_part(recipe: Path) -> None:
         config = load_config(recipe, [f"context_parallel_size={n}", *extra])
         return memory(config, validate(config, 4, open_data=False).model_config, 4, 1)
 
-    long = ("max_seq_len=4096", "mlp_chunk_size=64")  # attention's backward is the fullest moment
+    # Attention's backward is the fullest moment.
+    long = ("max_seq_len=4096", "mlp_chunk_size=64", "model.d_model=256")
     one, two = of(1, *long), of(2, *long)
     assert two["weights"] == one["weights"] and two["optimizer state"] == one["optimizer state"]
     assert two["activations"] == one["activations"] / 2
     assert "keys of the group" not in one
-    keys = 2 * 4096 * 32 * 4
+    keys = 2 * 4096 * 256 * 4
     assert two["keys of the group"] == 5 * keys
     assert of(2, *long, "activation_checkpointing=full")["keys of the group"] == 4 * keys
 

@@ -175,4 +175,9 @@ def _report(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from trainer.parallel import leave
+
+        leave(code)
+    sys.exit(code)

@@ -13,7 +13,7 @@ import sys
 import warnings
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpt import MptForCausalLM
@@ -271,18 +271,12 @@ def _plain(value: Any) -> Any:
     return value if value is None else str(value)
 
 
-def _leave(code: int) -> NoReturn:
-    """End the process; if it is one of several, without Python's own end. DTensor caches layouts, and with them FSDP's
-    mesh: the group that is destroyed lives on, its gloo threads too, and one that lets go of a tensor meanwhile aborts.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
     # In the place of this file's folder, which has a module of the name of Hugging Face's `evaluate`.
     sys.path[0] = str(Path(__file__).parent.parent)
-    _leave(main())
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from trainer.parallel import leave
+
+        leave(code)
+    sys.exit(code)

@@ -42,3 +42,4 @@ def main(spec: Path, result: Path) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # only a run's own handlers listen to it
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    import_module("trainer.parallel").leave(0)

@@ -18,6 +18,7 @@ from mpt.checkpoint import Source, load_weights, open_checkpoint, save_hf
 from mpt.convert import convert
 from mpt.initialize import init_weights, plain_name
 from mpt.tensor_files import Stored
+from trainer.parallel import leave
 
 # An odd number of rows, and wte in more than one block of them; wte is tied, so the root group's weight makes logits.
 SHAPE = {"d_model": 96, "n_heads": 4, "n_layers": 2, "vocab_size": 12_001, "max_seq_len": 40, "no_bias": False}
@@ -79,7 +80,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     if rank == 0:
         torch.save({"loss": loss, "digests": digests, "gradients": gradients, "loaded": loaded}, f"{folder}/results.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave(0)
 
 
 @pytest.mark.filterwarnings("ignore:transformers .* does not honour")

@@ -28,6 +28,7 @@ from trainer.optim import (
     lr_multiplier,
     set_lr,
 )
+from trainer.parallel import leave
 
 
 class Small(nn.Module):
@@ -411,6 +412,7 @@ def _two_ranks(rank, port):
         _check_mixed_meshes(init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")), mesh)
     finally:
         dist.destroy_process_group()
+    leave(0)
 
 
 def _check_sharded_steps(mesh):

@@ -786,7 +786,11 @@ def _check_shapes(
             "(B, S, H, D) and caches (B, G, T, D)"
         )
     (_, s, h, d), (g, keys) = q.shape, k.shape[1:3]
-    if g == 0 or h % g:
+    if 0 in (q.shape[0], h, g):
+        raise ValueError(
+            f"decode_attention: q {tuple(q.shape)}, caches {tuple(k.shape)}: there must be a row and a head at least"
+        )
+    if h % g:
         raise ValueError(f"decode_attention: {h} heads of q on {g} of the caches; H must be a multiple of G")
     if not 1 <= s <= MAX_QUERIES:
         raise ValueError(f"decode_attention: q has {s} queries; 1 to {MAX_QUERIES}, more are for flash_attention")

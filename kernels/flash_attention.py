@@ -748,12 +748,14 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None) -> Non
             f"flash_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
             "pass q (B, S, H, D) and k, v (B, T, G, D)"
         )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+    if 0 in (*q.shape, *k.shape):
+        raise ValueError(
+            f"flash_attention: q {tuple(q.shape)}, k and v {tuple(k.shape)}: every dimension must be at least 1"
+        )
+    if q.shape[2] % k.shape[2]:
         raise ValueError(
             f"flash_attention: {q.shape[2]} heads of q on {k.shape[2]} of k and v; H must be a multiple of G"
         )
-    if k.shape[1] == 0:
-        raise ValueError("flash_attention: k and v hold no key (T is 0)")
     if slopes is not None and slopes.shape != q.shape[2:3]:
         raise ValueError(f"alibi_slopes is {tuple(slopes.shape)}; q has {q.shape[2]} heads: pass ({q.shape[2]},)")
 

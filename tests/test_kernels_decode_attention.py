@@ -424,6 +424,11 @@ BAD = [
     ({"softmax_scale": math.nan}, ValueError, r"softmax_scale is nan"),
     ({"softmax_scale": math.inf}, ValueError, r"softmax_scale is inf"),
     ({"q": torch.zeros(2, 17, 4, 16)}, ValueError, r"q has 17 queries; 1 to 16, more are for flash_attention"),
+    (
+        {n: torch.zeros(0, 2, 2, 16) for n in ("q", "k_cache", "v_cache")} | {"lengths": torch.zeros(0).int()},
+        ValueError,
+        r"q \(0, 2, 2, 16\), caches \(0, 2, 2, 16\): there must be a row and a head at least",
+    ),
     ({"q": torch.zeros(2, 2, 3, 16)}, ValueError, r"3 heads of q on 2 of the caches"),
     ({"q": torch.zeros(2, 2, 4, 8)}, ValueError, r"pass q \(B, S, H, D\) and caches \(B, G, T, D\)"),
     ({"q": torch.zeros(2, 2, 4, 16).half()}, TypeError, r"mixed dtypes"),

@@ -494,8 +494,10 @@ def test_bad_arguments():
         attend(q[:, :, :3], k, v)
     with pytest.raises(ValueError, match=r"q \(2, 10, 4, 8\), k \(2, 9, 2, 8\)"):
         attend(q, k[:, :9], v)
-    with pytest.raises(ValueError, match=r"T is 0"):
-        attend(q, k[:, :0], v[:, :0])
+    batch, dimension = [x[:0] for x in (q, k, v)], [x[..., :0] for x in (q, k, v)]
+    for empty in ([q, k[:, :0], v[:, :0]], [q[:, :0], k, v], batch, dimension):
+        with pytest.raises(ValueError, match=r"every dimension must be at least 1"):
+            attend(*empty)
     with pytest.raises(ValueError, match=r"alibi_slopes is \(3,\)"):
         attend(q, k, v, alibi_slopes=torch.ones(3))
     with pytest.raises(ValueError, match=r"window is 0"):

@@ -161,7 +161,7 @@ def _near_lse(q: Tensor, k: Tensor, slope: Tensor, rules: Rules) -> Tensor:
         see = see.repeat(n // see.shape[0], 1, 1)[:, None] if see.dim() == 3 else see
         scores.sub_(slope[..., None] * away).masked_fill_(~see, -math.inf)
         top = scores.amax(-1, keepdim=True)
-        parts.append(scores.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1))
+        parts.append(scores.sub_(top).mul_(_LOG2E).exp2_().sum(-1).log_() + top.squeeze(-1))
     return torch.cat(parts, -1)
 
 

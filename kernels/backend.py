@@ -118,15 +118,25 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} is on {t.device} and {first[0]} on {first[1].device}; move them together")
 
 
-def check_dtypes(op: str, **tensors: Tensor | None) -> None:
-    """TypeError unless the given ones share one floating dtype (fp16, bf16, fp32 or fp64)."""
+def check_dtypes(op: str, *, mixed: bool = False, **tensors: Tensor | None) -> None:
+    """TypeError unless the given ones share one floating dtype (fp16, bf16, fp32 or fp64). mixed: each may have its
+    own, as under autocast.
+    """
     given = {name: t.dtype for name, t in tensors.items() if t is not None}
     for name, dtype in given.items():
         if dtype not in FLOATS:
             raise TypeError(f"{op}: {name} is {dtype}; use float16, bfloat16, float32 or float64")
-    if len(set(given.values())) > 1:
+    if not mixed and len(set(given.values())) > 1:
         listed = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
         raise TypeError(f"{op}: mixed dtypes ({listed}); cast them to one, or run under torch.autocast")
+
+
+def check_chunk_size(op: str, chunk_size: int | None) -> None:
+    """TypeError, ValueError unless it is a number of tokens or None."""
+    if chunk_size is not None and not isinstance(chunk_size, int):
+        raise TypeError(f"{op}: chunk_size is {chunk_size!r}; it counts tokens: pass an integer or None")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size is {chunk_size}; it counts tokens, at least 1 (None: all, or by memory)")
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -706,9 +706,9 @@ def flash_attention(
     """
     check_tensors("flash_attention", q=q, k=k, v=v)
     dtype = autocast_dtype(q)
+    check_dtypes("flash_attention", mixed=dtype is not None, q=q, k=k, v=v)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    check_dtypes("flash_attention", q=q, k=k, v=v)
     _check_shapes(q, k, v, alibi_slopes)
     _check_masks(q, k, causal, window, query_offset, attention_mask, sequence_id, prefix_mask)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)

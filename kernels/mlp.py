@@ -26,6 +26,7 @@ from kernels import reference
 from kernels.backend import (
     architecture,
     autocast_dtype,
+    check_chunk_size,
     check_dtypes,
     check_tensors,
     choose,
@@ -524,11 +525,10 @@ def mlp(
     given = {"x": x, "up_weight": up_weight, "down_weight": down_weight, "up_bias": up_bias, "down_bias": down_bias}
     check_tensors("mlp", **given)
     dtype = autocast_dtype(x)
-    if dtype is None:
-        check_dtypes("mlp", **given)
-    else:
-        x = x.to(dtype)
-    _check(x, up_weight, down_weight, up_bias, down_bias, chunk_size)
+    check_dtypes("mlp", mixed=dtype is not None, **given)
+    x = x if dtype is None else x.to(dtype)
+    _check(x, up_weight, down_weight, up_bias, down_bias)
+    check_chunk_size("mlp", chunk_size)
     which = choose("mlp", x, backend)
     if which == "reference":
         with no_autocast(x):
@@ -545,7 +545,6 @@ def _check(
     down_weight: Tensor,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
-    chunk_size: int | None,
 ) -> None:
     up, down = tuple(up_weight.shape), tuple(down_weight.shape)
     if len(up) != 2 or len(down) != 2 or x.dim() < 1 or x.shape[-1] != up[1] or up[0] != down[1]:
@@ -555,5 +554,3 @@ def _check(
     for name, bias, width in (("up_bias", up_bias, up[0]), ("down_bias", down_bias, down[0])):
         if bias is not None and tuple(bias.shape) != (width,):
             raise ValueError(f"mlp: {name} is {tuple(bias.shape)}; pass ({width},)")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"mlp: chunk_size is {chunk_size}; it counts tokens, at least 1 (None: all at once)")

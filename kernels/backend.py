@@ -71,8 +71,9 @@ def interpreting() -> bool:
 
 @torch.compiler.assume_constant_result
 def architecture(device: torch.device) -> str:
-    """The name under which tables of tile shapes hold a device: sm_80, sm_86 (also 8.7, 8.9 and 12.x: the same small
-    shared memory), sm_90, sm_100, gfx90a, gfx942; "interpreter" for a CPU; another name for what has no table.
+    """The name under which tables of tile shapes hold a device: sm_80, sm_86 (also 8.7, 8.9 and all from 11.0 on: 12.x
+    has the same small shared memory, and later ones no less), sm_90, sm_100, gfx90a, gfx942; "interpreter" for a CPU;
+    another name for what has no table.
     """
     if device.type != "cuda":
         return "interpreter"
@@ -80,7 +81,7 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
     major, minor = properties.major, properties.minor
-    if major == 12 or (major == 8 and minor):
+    if major >= 11 or (major == 8 and minor):
         return "sm_86"
     return f"sm_{major}0" if major >= 8 else f"sm_{major}{minor}"
 

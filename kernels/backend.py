@@ -5,7 +5,9 @@ Precedence: the `backend` argument of a call > the environment's MPT_KERNELS > `
 auto.
 """
 
+import math
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NoReturn
 
@@ -18,9 +20,11 @@ Implementation = Literal["triton", "torch", "reference"]
 
 NAMES = ("auto", "triton", "torch", "reference")
 TRITON_ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx90a", "gfx942")
+FP32_MAX = torch.finfo(torch.float32).max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _default = "auto"
+_told: set[str] = set()
 
 
 def set_default(name: str) -> None:
@@ -46,9 +50,21 @@ def choose(op: str, tensor: Tensor, override: str | None = None, *, unfit: str |
     if name == "torch" or (name == "auto" and tensor.device.type != "cuda"):
         return "torch"
     problem = _triton_problem(tensor) or unfit
-    if name == "triton" and problem:
+    if not problem:
+        return "triton"
+    if name == "triton":
         raise ValueError(f"{source} is 'triton', but {op} cannot run there: {problem}; use 'auto' or 'torch'")
-    return "torch" if problem else "triton"
+    if tensor.dtype != torch.float64:  # nobody expects that to be fast
+        _tell(f"{op} runs on plain torch, slower than its Triton kernels: {problem}")
+    return "torch"
+
+
+@torch.compiler.assume_constant_result
+def _tell(message: str) -> None:
+    """A warning, once."""
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, stacklevel=4)
 
 
 def _triton_problem(tensor: Tensor) -> str | None:
@@ -130,6 +146,26 @@ def check_dtypes(op: str, *, mixed: bool = False, **tensors: Tensor | None) -> N
     if not mixed and len(set(given.values())) > 1:
         listed = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
         raise TypeError(f"{op}: mixed dtypes ({listed}); cast them to one, or run under torch.autocast")
+
+
+def check_slopes(op: str, slopes: Tensor | None, q: Tensor, heads: int) -> None:
+    """TypeError, ValueError unless they are (heads,), floating, on q's device and without a gradient; on a CPU also
+    unless they are finite and not negative.
+    """
+    if slopes is None:
+        return
+    check_tensors(op, q=q, alibi_slopes=slopes)
+    if slopes.dtype not in FLOATS:
+        raise TypeError(f"{op}: alibi_slopes is {slopes.dtype}; use float32")
+    if slopes.shape != (heads,):
+        raise ValueError(f"alibi_slopes is {tuple(slopes.shape)}; q has {heads} heads: pass ({heads},)")
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes requires a gradient, and there is none: pass alibi_slopes.detach()")
+    if slopes.device.type == "cpu" and not torch.compiler.is_compiling() and type(slopes) is Tensor:
+        wrong = ((slopes >= 0) & (slopes < math.inf)).logical_not().nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(f"alibi_slopes[{at}] is {float(slopes[at])}; they must be finite and at least 0")
 
 
 def check_chunk_size(op: str, chunk_size: int | None) -> None:

@@ -33,9 +33,11 @@ from torch import Tensor
 from kernels import alibi, reference
 from kernels.alibi import GRAIN
 from kernels.backend import (
+    FP32_MAX,
     architecture,
     autocast_dtype,
     check_dtypes,
+    check_slopes,
     check_tensors,
     choose,
     eager,
@@ -732,7 +734,7 @@ def decode_attention(
     check_dtypes("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
     _check_shapes(q, k_cache, v_cache, lengths, alibi_slopes, key_norms)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if not 0.0 <= scale < float("inf"):
+    if not 0.0 <= scale < FP32_MAX:
         raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and not negative (None: 1/sqrt(D))")
     which = choose("decode_attention", q, backend)
     if which == "reference":
@@ -745,7 +747,7 @@ def decode_attention(
     out, first = run(q, k_cache, v_cache, lengths, slopes, key_norms, scale, which == "triton")
     if not return_kept:
         return out
-    if slopes is None or key_norms is None:
+    if slopes is None or key_norms is None or not len(q):
         return out, torch.ones((), device=q.device)
     skipped = first.view(*k_cache.shape[:2], -1).amin(-1).sum()
     return out, (1 - skipped / (lengths.sum() * k_cache.shape[1])).float()
@@ -786,11 +788,7 @@ def _check_shapes(
             "(B, S, H, D) and caches (B, G, T, D)"
         )
     (_, s, h, d), (g, keys) = q.shape, k.shape[1:3]
-    if 0 in (q.shape[0], h, g):
-        raise ValueError(
-            f"decode_attention: q {tuple(q.shape)}, caches {tuple(k.shape)}: there must be a row and a head at least"
-        )
-    if h % g:
+    if not h or not g or h % g:
         raise ValueError(f"decode_attention: {h} heads of q on {g} of the caches; H must be a multiple of G")
     if not 1 <= s <= MAX_QUERIES:
         raise ValueError(f"decode_attention: q has {s} queries; 1 to {MAX_QUERIES}, more are for flash_attention")
@@ -802,8 +800,7 @@ def _check_shapes(
         if cache.stride(-1) != 1 and d > 1:
             raise ValueError(f"{name} has strides {cache.stride()}; its last must be 1, or each step would copy it")
     _check_integers("lengths", lengths, q.shape[0])
-    if slopes is not None and slopes.shape != (h,):
-        raise ValueError(f"alibi_slopes is {tuple(slopes.shape)}; q has {h} heads: pass ({h},)")
+    check_slopes("decode_attention", slopes, q, h)
     if key_norms is not None:
         _check_key_norms_dtype(key_norms)
         wanted = (*k.shape[:2], -(-keys // GRAIN))

@@ -23,7 +23,6 @@ Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (arXiv 2307.08691); ALiBi: Press et
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +34,11 @@ from kernels import flash_attention_kernels as device
 from kernels import flash_attention_torch as plain
 from kernels import reference
 from kernels.backend import (
+    FP32_MAX,
     architecture,
     autocast_dtype,
     check_dtypes,
+    check_slopes,
     check_tensors,
     choose,
     fp32_products,
@@ -212,7 +213,7 @@ def _call(
     mode = sum(int(bit.value) for bit, on in flags.items() if on)
     query_ids = key_ids = None
     if sequence_id is not None:
-        query_ids = key_ids = _ids(sequence_id)
+        query_ids = key_ids = int32_ids(sequence_id)
     if attention_mask is not None:
         key_ids = torch.where(attention_mask, 0 if query_ids is None else query_ids, -1).int().contiguous()
     prefix_mask = None if prefix_mask is None else prefix_mask.to(torch.int8).contiguous()
@@ -229,9 +230,10 @@ def _call(
     return _Call(mode, tiles, products, slopes, order, kv_order, *masks, scale, dropout_p, query_offset, window)
 
 
-def _ids(sequence_id: Tensor) -> Tensor:
-    """int32 (B, T), contiguous: equal where the ids of a row are, in their order, and -1 where those are negative.
-    64-bit ids become their ranks, for which nothing waits for the GPU, as looking at their size would.
+def int32_ids(sequence_id: Tensor) -> Tensor:
+    """int32 (B, T), contiguous, of integer ids (B, T): equal where the ids of a row are, in their order, and -1 where
+    those are negative. 64-bit ids become their ranks, for which nothing waits for the GPU, as looking at their size
+    would; whoever calls flash_attention with the same ids many times spares that by passing these.
     """
     if sequence_id.dtype != torch.int64:
         return sequence_id.int().clamp(min=-1).contiguous()
@@ -712,10 +714,12 @@ def flash_attention(
     _check_shapes(q, k, v, alibi_slopes)
     _check_masks(q, k, causal, window, query_offset, attention_mask, sequence_id, prefix_mask)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if not 0.0 <= scale < math.inf:
+    if not 0.0 <= scale < FP32_MAX:
         raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and at least 0, or None for 1/sqrt(D)")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1")
+    if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.dim()):
+        raise TypeError(f"seed is {seed.dtype} {tuple(seed.shape)}; pass an int, or an int64 tensor of one number")
     if dropout_p and not isinstance(seed, Tensor):  # on the device: a copy to it would wait, and no CUDA graph takes it
         seed = (
             torch.randint(2**62, (), device=q.device)
@@ -748,21 +752,21 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None) -> Non
             f"flash_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
             "pass q (B, S, H, D) and k, v (B, T, G, D)"
         )
-    if 0 in (*q.shape, *k.shape):
-        raise ValueError(
-            f"flash_attention: q {tuple(q.shape)}, k and v {tuple(k.shape)}: every dimension must be at least 1"
-        )
+    if 0 in (q.shape[2], *k.shape[1:]):
+        raise ValueError(f"flash_attention: q {tuple(q.shape)}, k and v {tuple(k.shape)}: only B and S may be 0")
     if q.shape[2] % k.shape[2]:
         raise ValueError(
             f"flash_attention: {q.shape[2]} heads of q on {k.shape[2]} of k and v; H must be a multiple of G"
         )
-    if slopes is not None and slopes.shape != q.shape[2:3]:
-        raise ValueError(f"alibi_slopes is {tuple(slopes.shape)}; q has {q.shape[2]} heads: pass ({q.shape[2]},)")
+    check_slopes("flash_attention", slopes, q, q.shape[2])
 
 
 def _check_masks(
     q: Tensor, k: Tensor, causal: bool, window: int | None, query_offset: int, *masks: Tensor | None
 ) -> None:
+    for name, number in (("window", window), ("query_offset", query_offset)):
+        if number is not None and not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"{name} is {number!r}; pass an integer")
     if query_offset < 0:
         raise ValueError(f"query_offset is {query_offset}; it is the position of the first query, at least 0")
     if window is not None and window < 1:

@@ -14,6 +14,8 @@ On a GPU gelu(pre), and dpre with gelu(pre) in the backward, come in one of two 
 computes them, or the library's product followed by one pointwise kernel. The other products are the library's.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -207,9 +209,26 @@ class _Measured(NamedTuple):
 # No GPU has been measured yet, so the library's products run everywhere.
 _FUSED_IS_FASTER: dict[str, tuple[_Measured, ...]] = {}
 
+_only: Literal["fused", "pointwise"] | None = None
+
+
+@contextmanager
+def only(form: Literal["fused", "pointwise"]) -> Iterator[None]:
+    """Triton's path in one form while this lasts, both directions and all shapes: to measure what the table shall say,
+    and to test. For the whole process, since autograd runs a backward on a GPU in a thread of its own.
+    """
+    global _only
+    before, _only = _only, form
+    try:
+        yield
+    finally:
+        _only = before
+
 
 def _fused(direction: str, name: str, tokens: int, d: int, f: int) -> bool:
     """Whether the Triton product runs, for an architecture. Its loads are slow on rows that are not aligned."""
+    if _only is not None:
+        return _only == "fused"
     return (d % 16 == 0 and f % 16 == 0) and any(
         direction == m.direction and m.tokens[0] <= tokens <= m.tokens[1] and m.f[0] <= f <= m.f[1]
         for m in _FUSED_IS_FASTER.get(name, ())

@@ -471,7 +471,16 @@ _NEEDS |= dict.fromkeys(("KEY_MAX", "ORDER", "LAST"), "SKIP")
 
 _MAIN_KERNELS = {"fwd": "fwd", "dq": "bwd_dq", "dkdv": "bwd_dkdv", "dk": "bwd_dkdv", "dv": "bwd_dkdv"}
 _NO_SPILL = {("sm_90", d) for d in (64, 112, 128)}  # tiles chosen so, in 16 bits; dropout takes too many registers
-_SMALL_KERNELS = ("bounds", "key_norm", "key_max", "order", "last_kept", "bwd_delta")
+_SMALL_KERNELS: tuple[tuple[str, dict[str, bool]], ...] = (  # with what is on of their own
+    ("bounds", {"KEYS": True}),
+    ("bounds", {"KEYS": False}),
+    ("key_norm", {}),
+    ("key_max", {}),
+    ("order", {}),
+    ("last_kept", {}),
+    ("bwd_delta", {"LSE_GRADIENT": False}),
+    ("bwd_delta", {"LSE_GRADIENT": True}),
+)
 
 
 def variants(name: str) -> list[Variant]:
@@ -485,7 +494,7 @@ def variants(name: str) -> list[Variant]:
     exact = [(*case, "ieee") for case in cases]
     exact += [(d, torch.float32, "skip", 1, "ieee") for d in (64, 128)]
     in_parts = [(d, torch.float32, "skip", 1, "bf16x6") for d in (64, 128, 256) if name == "sm_90"]
-    found = [_variant(name, part, 128, torch.bfloat16, "skip", 1, "ieee") for part in _SMALL_KERNELS]
+    found = [_variant(name, part, 128, torch.bfloat16, "skip", 1, "ieee", **on) for part, on in _SMALL_KERNELS]
     for d, dtype, shape, group, products in (*exact, *in_parts):
         dropout = "DROPOUT" in _SHAPES[shape]
         split = _splits(_tiles(name, d, dtype, products, dropout), group, dropout)
@@ -494,7 +503,9 @@ def variants(name: str) -> list[Variant]:
     return found
 
 
-def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group: int, products: str) -> Variant:
+def _variant(
+    name: str, part: str, d: int, dtype: torch.dtype, shape: str, group: int, products: str, **own: bool
+) -> Variant:
     main, tiles = part in _MAIN_KERNELS, _tiles(name, d, dtype, products, "DROPOUT" in _SHAPES[shape])
     kernel = getattr(device, f"_flash_attention_{_MAIN_KERNELS.get(part, part)}_kernel")
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
@@ -516,15 +527,16 @@ def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group
         "RHO": _product_error(products),
         "WANT_DK": part != "dv",
         "WANT_DV": part != "dk",
-        "KEYS": True,
         "TILE": tile.n,
         "CHUNK": 1024,
         "N": 32,
         "BLOCKS": 32,
         "TILES": 64,
-        "LSE_GRADIENT": False,
+        **own,
     }
-    values |= {"DLSE": None} if not main else {arg: None for arg, flag in _NEEDS.items() if flag not in on}
+    if not own.get("LSE_GRADIENT"):
+        values["DLSE"] = None
+    values |= {} if not main else {arg: None for arg, flag in _NEEDS.items() if flag not in on}
     if main and "IDS" not in on and "PREFIX" not in on:
         values["BOUNDS"] = None
     constants = {arg: values[arg] for arg in kernel.arg_names if arg in values}
@@ -535,6 +547,7 @@ def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group
     divisible = tuple(a for a, kind in signature.items() if kind.startswith("*") or (a[0] == "s" and len(a) == 3))
     dtypes = short if products == "ieee" else f"{short} as {products}"
     label = f"{part} D{d} {dtypes} {shape} {tile.m}x{tile.n} warps {tile.warps} group {group}" if main else part
+    label += "".join(f" {word.lower()}" for word, on in own.items() if on)
     options = {"enable_fp_fusion": True} if main else {}
     scores = tile.m * tile.n if main else None
     no_spill = main and (name, d) in _NO_SPILL and dtype != torch.float32 and "DROPOUT" not in on

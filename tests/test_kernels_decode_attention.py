@@ -332,6 +332,22 @@ def test_norms_are_kept_step_by_step(dtype: torch.dtype, path: str):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_norms_of_a_long_prompt(path: str):
+    """On a GPU several programs share it."""
+    t, s = 3000, 2500
+    starts = torch.tensor([0, 37, 500])
+    k = torch.randn(3, 2, t, 16) * torch.linspace(1, 0.5, t)[:, None]  # most maxima come from a part before
+    found, expected = (torch.full((3, 2, -(-t // GRAIN)), math.nan) for _ in range(2))
+    for f, into in ((partial(kernels.update_key_norms, backend=path), found), (reference.update_key_norms, expected)):
+        f(into, k[:, :, :500], 0)
+        f(into, torch.stack([k[b, :, n : n + s] for b, n in enumerate(starts.tolist())]), starts)
+    for b, n in enumerate(starts.tolist()):
+        held = -(-(n + s) // GRAIN)
+        torch.testing.assert_close(found[b, :, :held], expected[b, :, :held], rtol=1e-6, atol=0)
+        assert found[b, :, held:].isnan().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_norms_that_are_not_finite_become_large(path: str):
     k = torch.randn(1, 1, 130, 16)
     k[0, 0, 70, 3] = math.nan

@@ -1,6 +1,7 @@
 """ALiBi: the slopes, and which keys can matter to which queries at all (exact skipping)."""
 
 import math
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -149,9 +150,12 @@ def _near_lse(q: Tensor, k: Tensor, slope: Tensor, rules: Rules) -> Tensor:
         blocks = rows.shape[2]
         near = k[:, max(begin, 0) : max(begin + (blocks + 1) * BAND, 0)]
         before = max(-begin, 0)
-        near = F.pad(near, (0, 0, before, (blocks + 1) * BAND - before - near.shape[1])).reshape(n, -1, BAND * d)
-        near = torch.cat([near[:, :-1], near[:, 1:]], -1).view(n, blocks, 2 * BAND, d)
-        scores = torch.einsum("nrubd,nukd->nrubk", rows, near).reshape(n, r, -1, 2 * BAND)[:, :, :count]
+        near = F.pad(near, (0, 0, before, (blocks + 1) * BAND - before - near.shape[1])).contiguous()
+        pairs = near.as_strided((n, blocks, d, 2 * BAND), (near.stride(0), BAND * d, 1, d))  # of neighbouring blocks
+        scores = q.new_empty(n, r, blocks, BAND, 2 * BAND)
+        for i, j in product(range(n), range(r)):  # one by one they multiply as views
+            torch.bmm(rows[i, j], pairs[i], out=scores[i, j])
+        scores = scores.view(n, r, -1, 2 * BAND)[:, :, :count]
 
         query = torch.arange(first, first + count, device=q.device)
         away = (
@@ -159,9 +163,9 @@ def _near_lse(q: Tensor, k: Tensor, slope: Tensor, rules: Rules) -> Tensor:
         )  # how far each near key lies back
         see = _sees(rules, query, away, t)
         see = see.repeat(n // see.shape[0], 1, 1)[:, None] if see.dim() == 3 else see
-        scores.sub_(slope[..., None] * away).masked_fill_(~see, -math.inf)
+        scores.addcmul_(slope[..., None], away.to(scores.dtype), value=-1).masked_fill_(~see, -math.inf)
         top = scores.amax(-1, keepdim=True)
-        parts.append(scores.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1))
+        parts.append(scores.sub_(top).mul_(_LOG2E).exp2_().sum(-1).log_() + top.squeeze(-1))
     return torch.cat(parts, -1)
 
 

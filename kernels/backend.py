@@ -5,7 +5,9 @@ Precedence: the `backend` argument of a call > the environment's MPT_KERNELS > `
 auto.
 """
 
+import math
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NoReturn
 
@@ -18,9 +20,11 @@ Implementation = Literal["triton", "torch", "reference"]
 
 NAMES = ("auto", "triton", "torch", "reference")
 TRITON_ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx90a", "gfx942")
+FP32_MAX = torch.finfo(torch.float32).max
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _default = "auto"
+_told: set[str] = set()
 
 
 def set_default(name: str) -> None:
@@ -46,9 +50,21 @@ def choose(op: str, tensor: Tensor, override: str | None = None, *, unfit: str |
     if name == "torch" or (name == "auto" and tensor.device.type != "cuda"):
         return "torch"
     problem = _triton_problem(tensor) or unfit
-    if name == "triton" and problem:
+    if not problem:
+        return "triton"
+    if name == "triton":
         raise ValueError(f"{source} is 'triton', but {op} cannot run there: {problem}; use 'auto' or 'torch'")
-    return "torch" if problem else "triton"
+    if tensor.dtype != torch.float64:  # nobody expects that to be fast
+        _tell(f"{op} runs on plain torch, slower than its Triton kernels: {problem}")
+    return "torch"
+
+
+@torch.compiler.assume_constant_result
+def _tell(message: str) -> None:
+    """A warning, once."""
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, stacklevel=4)
 
 
 def _triton_problem(tensor: Tensor) -> str | None:
@@ -71,8 +87,9 @@ def interpreting() -> bool:
 
 @torch.compiler.assume_constant_result
 def architecture(device: torch.device) -> str:
-    """The name under which tables of tile shapes hold a device: sm_80, sm_86 (also 8.7, 8.9 and 12.x: the same small
-    shared memory), sm_90, sm_100, gfx90a, gfx942; "interpreter" for a CPU; another name for what has no table.
+    """The name under which tables of tile shapes hold a device: sm_80, sm_86 (also 8.7, 8.9 and all from 11.0 on: 12.x
+    has the same small shared memory, and later ones no less), sm_90, sm_100, gfx90a, gfx942; "interpreter" for a CPU;
+    another name for what has no table.
     """
     if device.type != "cuda":
         return "interpreter"
@@ -80,7 +97,7 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
     major, minor = properties.major, properties.minor
-    if major == 12 or (major == 8 and minor):
+    if major >= 11 or (major == 8 and minor):
         return "sm_86"
     return f"sm_{major}0" if major >= 8 else f"sm_{major}{minor}"
 
@@ -118,15 +135,45 @@ def check_tensors(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} is on {t.device} and {first[0]} on {first[1].device}; move them together")
 
 
-def check_dtypes(op: str, **tensors: Tensor | None) -> None:
-    """TypeError unless the given ones share one floating dtype (fp16, bf16, fp32 or fp64)."""
+def check_dtypes(op: str, *, mixed: bool = False, **tensors: Tensor | None) -> None:
+    """TypeError unless the given ones share one floating dtype (fp16, bf16, fp32 or fp64). mixed: each may have its
+    own, as under autocast.
+    """
     given = {name: t.dtype for name, t in tensors.items() if t is not None}
     for name, dtype in given.items():
         if dtype not in FLOATS:
             raise TypeError(f"{op}: {name} is {dtype}; use float16, bfloat16, float32 or float64")
-    if len(set(given.values())) > 1:
+    if not mixed and len(set(given.values())) > 1:
         listed = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
         raise TypeError(f"{op}: mixed dtypes ({listed}); cast them to one, or run under torch.autocast")
+
+
+def check_slopes(op: str, slopes: Tensor | None, q: Tensor, heads: int) -> None:
+    """TypeError, ValueError unless they are (heads,), floating, on q's device and without a gradient; on a CPU also
+    unless they are finite and not negative.
+    """
+    if slopes is None:
+        return
+    check_tensors(op, q=q, alibi_slopes=slopes)
+    if slopes.dtype not in FLOATS:
+        raise TypeError(f"{op}: alibi_slopes is {slopes.dtype}; use float32")
+    if slopes.shape != (heads,):
+        raise ValueError(f"alibi_slopes is {tuple(slopes.shape)}; q has {heads} heads: pass ({heads},)")
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes requires a gradient, and there is none: pass alibi_slopes.detach()")
+    if slopes.device.type == "cpu" and not torch.compiler.is_compiling() and type(slopes) is Tensor:
+        wrong = ((slopes >= 0) & (slopes < math.inf)).logical_not().nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(f"alibi_slopes[{at}] is {float(slopes[at])}; they must be finite and at least 0")
+
+
+def check_chunk_size(op: str, chunk_size: int | None) -> None:
+    """TypeError, ValueError unless it is a number of tokens or None."""
+    if chunk_size is not None and not isinstance(chunk_size, int):
+        raise TypeError(f"{op}: chunk_size is {chunk_size!r}; it counts tokens: pass an integer or None")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size is {chunk_size}; it counts tokens, at least 1 (None: all, or by memory)")
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -33,9 +33,11 @@ from torch import Tensor
 from kernels import alibi, reference
 from kernels.alibi import GRAIN
 from kernels.backend import (
+    FP32_MAX,
     architecture,
     autocast_dtype,
     check_dtypes,
+    check_slopes,
     check_tensors,
     choose,
     eager,
@@ -58,6 +60,7 @@ _FAR = tl.constexpr(alibi._FAR)
 _LIMIT = tl.constexpr(-(_BITS + 1 / 16))
 _GRAIN = tl.constexpr(GRAIN)
 _ROWS = tl.constexpr(MAX_QUERIES)
+_PART = tl.constexpr(16)  # blocks of key norms that one program finds
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -81,19 +84,25 @@ def _rows_first(FIRST, b, heads, H, valid):  # type: ignore[no-untyped-def]
     return tl.min(tl.load(FIRST + b * H + heads, mask=valid, other=2147483647), 0)
 
 
-@triton.jit(do_not_specialize=("S", "blocks"))
+@triton.jit(do_not_specialize=("S", "blocks", "parts"))
 def _update_key_norms_kernel(  # type: ignore[no-untyped-def]
-    K, START, NORMS, S, G, blocks, skb, skg, sks, snb, sng, snc, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    K, START, NORMS, S, G, blocks, parts, skb, skg, sks, snb, sng, snc, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """K (B, G, S, D) goes to positions START[b].. of the cache; one program per kv head carries the maximum along."""
-    b = (tl.program_id(0) // G).to(tl.int64)
-    g = (tl.program_id(0) % G).to(tl.int64)
+    """K (B, G, S, D) goes to positions START[b].. of the cache. A program takes _PART blocks of a kv head and carries
+    the maximum along; that of the blocks before, the first one alone.
+    """
+    part = tl.program_id(0) % parts
+    b = (tl.program_id(0) // parts // G).to(tl.int64)
+    g = (tl.program_id(0) // parts % G).to(tl.int64)
     start = tl.load(START + b)
     norms = NORMS + b * snb + g * sng
     before = (start + _GRAIN - 1) // _GRAIN  # blocks that hold a key already
-    high = tl.load(norms + (before - 1) * snc, mask=(before > 0) & (before <= blocks), other=0.0)
+    known = (before > 0) & (before <= blocks) & (part == 0)
+    high = tl.load(norms + (before - 1) * snc, mask=known, other=0.0)
+    first = tl.maximum(start, 0) // _GRAIN + part * _PART
+    end = tl.minimum((start + S + _GRAIN - 1) // _GRAIN, blocks)
     offs_d = tl.arange(0, BLOCK_D)
-    for c in range(tl.maximum(start, 0) // _GRAIN, tl.minimum((start + S + _GRAIN - 1) // _GRAIN, blocks)):
+    for c in range(first, tl.minimum(first + _PART, end)):
         new = c * _GRAIN + tl.arange(0, _GRAIN) - start
         valid = (new >= 0) & (new < S)
         k = tl.load(
@@ -103,6 +112,23 @@ def _update_key_norms_kernel(  # type: ignore[no-untyped-def]
         )
         high = tl.maximum(high, tl.max(tl.where(valid, _norms(k.to(tl.float32)), 0.0), 0))
         tl.store(norms + c * snc, high)
+
+
+@triton.jit(do_not_specialize=("S", "blocks", "parts"))
+def _carry_key_norms_kernel(START, NORMS, S, G, blocks, parts, snb, sng, snc):  # type: ignore[no-untyped-def]
+    """After `_update_key_norms_kernel`: each part's maxima count for the parts after it. One program per kv head."""
+    b = (tl.program_id(0) // G).to(tl.int64)
+    g = (tl.program_id(0) % G).to(tl.int64)
+    start = tl.load(START + b)
+    norms = NORMS + b * snb + g * sng
+    first = tl.maximum(start, 0) // _GRAIN
+    end = tl.minimum((start + S + _GRAIN - 1) // _GRAIN, blocks)
+    high = tl.load(norms + (first + _PART - 1) * snc, mask=first + _PART <= end, other=0.0)
+    for part in range(1, parts):
+        c = first + part * _PART + tl.arange(0, _PART)
+        found = tl.maximum(tl.load(norms + c * snc, mask=c < end, other=0.0), high)
+        tl.store(norms + c * snc, found, mask=c < end)
+        high = tl.max(found, 0)
 
 
 @triton.jit(do_not_specialize=("T", "piece", "pieces"))
@@ -403,15 +429,18 @@ def _decode_attention(
 def _update_key_norms(norms: Tensor, k: Tensor, start: Tensor) -> None:
     (batch, g, s, d), machine = k.shape, architecture(k.device)
     k = k if k.stride(-1) == 1 else k.contiguous()
+    sizes = (s, g, norms.shape[2], triton.cdiv(triton.cdiv(s - 1, GRAIN) + 1, _PART.value))
     with on_device(k):
-        _update_key_norms_kernel[(batch * g,)](
-            *(k, start, norms, s, g, norms.shape[2], *k.stride()[:3], *norms.stride()),
+        _update_key_norms_kernel[(batch * g * sizes[-1],)](
+            *(k, start, norms, *sizes, *k.stride()[:3], *norms.stride()),
             D=d,
             BLOCK_D=max(triton.next_power_of_2(d), 16),
             num_warps=_warps(machine, k.dtype),
             num_stages=_MACHINES[machine].stages,
             enable_fp_fusion=True,
         )
+        if sizes[-1] > 1:
+            _carry_key_norms_kernel[(batch * g,)](start, norms, *sizes, *norms.stride())
 
 
 _TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -449,6 +478,8 @@ def variants(architecture: str) -> list[Variant]:
                 (_decode_attention_combine_kernel, shape | {"BLOCK_M": tile.block_m, "BLOCK_P": _BLOCK_P}, None),
                 (_update_key_norms_kernel, shape, None),
             ]
+        if (dtype, d, rows) == _SHIPPED[0]:
+            kernels.append((_carry_key_norms_kernel, {}, None))
         for kernel, constants, scores in kernels:
             types = {name: _argument_type(name, x) for name in kernel.arg_names if name not in constants}
             name = kernel.__name__.strip("_").removesuffix("_kernel")
@@ -457,7 +488,7 @@ def variants(architecture: str) -> list[Variant]:
             )
             found.append(
                 Variant(
-                    op="update_key_norms" if kernel is _update_key_norms_kernel else "decode_attention",
+                    op="update_key_norms" if "key_norms" in name else "decode_attention",
                     label=f"{name} {x} D {d} {sizes}".rstrip(),
                     kernel=kernel,
                     signature=types,
@@ -732,7 +763,7 @@ def decode_attention(
     check_dtypes("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
     _check_shapes(q, k_cache, v_cache, lengths, alibi_slopes, key_norms)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if not 0.0 <= scale < float("inf"):
+    if not 0.0 <= scale < FP32_MAX:
         raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and not negative (None: 1/sqrt(D))")
     which = choose("decode_attention", q, backend)
     if which == "reference":
@@ -745,7 +776,7 @@ def decode_attention(
     out, first = run(q, k_cache, v_cache, lengths, slopes, key_norms, scale, which == "triton")
     if not return_kept:
         return out
-    if slopes is None or key_norms is None:
+    if slopes is None or key_norms is None or not len(q):
         return out, torch.ones((), device=q.device)
     skipped = first.view(*k_cache.shape[:2], -1).amin(-1).sum()
     return out, (1 - skipped / (lengths.sum() * k_cache.shape[1])).float()
@@ -786,11 +817,7 @@ def _check_shapes(
             "(B, S, H, D) and caches (B, G, T, D)"
         )
     (_, s, h, d), (g, keys) = q.shape, k.shape[1:3]
-    if 0 in (q.shape[0], h, g):
-        raise ValueError(
-            f"decode_attention: q {tuple(q.shape)}, caches {tuple(k.shape)}: there must be a row and a head at least"
-        )
-    if h % g:
+    if not h or not g or h % g:
         raise ValueError(f"decode_attention: {h} heads of q on {g} of the caches; H must be a multiple of G")
     if not 1 <= s <= MAX_QUERIES:
         raise ValueError(f"decode_attention: q has {s} queries; 1 to {MAX_QUERIES}, more are for flash_attention")
@@ -802,8 +829,7 @@ def _check_shapes(
         if cache.stride(-1) != 1 and d > 1:
             raise ValueError(f"{name} has strides {cache.stride()}; its last must be 1, or each step would copy it")
     _check_integers("lengths", lengths, q.shape[0])
-    if slopes is not None and slopes.shape != (h,):
-        raise ValueError(f"alibi_slopes is {tuple(slopes.shape)}; q has {h} heads: pass ({h},)")
+    check_slopes("decode_attention", slopes, q, h)
     if key_norms is not None:
         _check_key_norms_dtype(key_norms)
         wanted = (*k.shape[:2], -(-keys // GRAIN))

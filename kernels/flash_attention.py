@@ -23,7 +23,6 @@ Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (arXiv 2307.08691); ALiBi: Press et
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +34,11 @@ from kernels import flash_attention_kernels as device
 from kernels import flash_attention_torch as plain
 from kernels import reference
 from kernels.backend import (
+    FP32_MAX,
     architecture,
     autocast_dtype,
     check_dtypes,
+    check_slopes,
     check_tensors,
     choose,
     fp32_products,
@@ -212,7 +213,7 @@ def _call(
     mode = sum(int(bit.value) for bit, on in flags.items() if on)
     query_ids = key_ids = None
     if sequence_id is not None:
-        query_ids = key_ids = _ids(sequence_id)
+        query_ids = key_ids = int32_ids(sequence_id)
     if attention_mask is not None:
         key_ids = torch.where(attention_mask, 0 if query_ids is None else query_ids, -1).int().contiguous()
     prefix_mask = None if prefix_mask is None else prefix_mask.to(torch.int8).contiguous()
@@ -229,9 +230,10 @@ def _call(
     return _Call(mode, tiles, products, slopes, order, kv_order, *masks, scale, dropout_p, query_offset, window)
 
 
-def _ids(sequence_id: Tensor) -> Tensor:
-    """int32 (B, T), contiguous: equal where the ids of a row are, in their order, and -1 where those are negative.
-    64-bit ids become their ranks, for which nothing waits for the GPU, as looking at their size would.
+def int32_ids(sequence_id: Tensor) -> Tensor:
+    """int32 (B, T), contiguous, of integer ids (B, T): equal where the ids of a row are, in their order, and -1 where
+    those are negative. 64-bit ids become their ranks, for which nothing waits for the GPU, as looking at their size
+    would; whoever calls flash_attention with the same ids many times spares that by passing these.
     """
     if sequence_id.dtype != torch.int64:
         return sequence_id.int().clamp(min=-1).contiguous()
@@ -469,7 +471,16 @@ _NEEDS |= dict.fromkeys(("KEY_MAX", "ORDER", "LAST"), "SKIP")
 
 _MAIN_KERNELS = {"fwd": "fwd", "dq": "bwd_dq", "dkdv": "bwd_dkdv", "dk": "bwd_dkdv", "dv": "bwd_dkdv"}
 _NO_SPILL = {("sm_90", d) for d in (64, 112, 128)}  # tiles chosen so, in 16 bits; dropout takes too many registers
-_SMALL_KERNELS = ("bounds", "key_norm", "key_max", "order", "last_kept", "bwd_delta")
+_SMALL_KERNELS: tuple[tuple[str, dict[str, bool]], ...] = (  # with what is on of their own
+    ("bounds", {"KEYS": True}),
+    ("bounds", {"KEYS": False}),
+    ("key_norm", {}),
+    ("key_max", {}),
+    ("order", {}),
+    ("last_kept", {}),
+    ("bwd_delta", {"LSE_GRADIENT": False}),
+    ("bwd_delta", {"LSE_GRADIENT": True}),
+)
 
 
 def variants(name: str) -> list[Variant]:
@@ -483,7 +494,7 @@ def variants(name: str) -> list[Variant]:
     exact = [(*case, "ieee") for case in cases]
     exact += [(d, torch.float32, "skip", 1, "ieee") for d in (64, 128)]
     in_parts = [(d, torch.float32, "skip", 1, "bf16x6") for d in (64, 128, 256) if name == "sm_90"]
-    found = [_variant(name, part, 128, torch.bfloat16, "skip", 1, "ieee") for part in _SMALL_KERNELS]
+    found = [_variant(name, part, 128, torch.bfloat16, "skip", 1, "ieee", **on) for part, on in _SMALL_KERNELS]
     for d, dtype, shape, group, products in (*exact, *in_parts):
         dropout = "DROPOUT" in _SHAPES[shape]
         split = _splits(_tiles(name, d, dtype, products, dropout), group, dropout)
@@ -492,7 +503,9 @@ def variants(name: str) -> list[Variant]:
     return found
 
 
-def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group: int, products: str) -> Variant:
+def _variant(
+    name: str, part: str, d: int, dtype: torch.dtype, shape: str, group: int, products: str, **own: bool
+) -> Variant:
     main, tiles = part in _MAIN_KERNELS, _tiles(name, d, dtype, products, "DROPOUT" in _SHAPES[shape])
     kernel = getattr(device, f"_flash_attention_{_MAIN_KERNELS.get(part, part)}_kernel")
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
@@ -514,15 +527,16 @@ def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group
         "RHO": _product_error(products),
         "WANT_DK": part != "dv",
         "WANT_DV": part != "dk",
-        "KEYS": True,
         "TILE": tile.n,
         "CHUNK": 1024,
         "N": 32,
         "BLOCKS": 32,
         "TILES": 64,
-        "LSE_GRADIENT": False,
+        **own,
     }
-    values |= {"DLSE": None} if not main else {arg: None for arg, flag in _NEEDS.items() if flag not in on}
+    if not own.get("LSE_GRADIENT"):
+        values["DLSE"] = None
+    values |= {} if not main else {arg: None for arg, flag in _NEEDS.items() if flag not in on}
     if main and "IDS" not in on and "PREFIX" not in on:
         values["BOUNDS"] = None
     constants = {arg: values[arg] for arg in kernel.arg_names if arg in values}
@@ -533,6 +547,7 @@ def _variant(name: str, part: str, d: int, dtype: torch.dtype, shape: str, group
     divisible = tuple(a for a, kind in signature.items() if kind.startswith("*") or (a[0] == "s" and len(a) == 3))
     dtypes = short if products == "ieee" else f"{short} as {products}"
     label = f"{part} D{d} {dtypes} {shape} {tile.m}x{tile.n} warps {tile.warps} group {group}" if main else part
+    label += "".join(f" {word.lower()}" for word, on in own.items() if on)
     options = {"enable_fp_fusion": True} if main else {}
     scores = tile.m * tile.n if main else None
     no_spill = main and (name, d) in _NO_SPILL and dtype != torch.float32 and "DROPOUT" not in on
@@ -706,16 +721,18 @@ def flash_attention(
     """
     check_tensors("flash_attention", q=q, k=k, v=v)
     dtype = autocast_dtype(q)
+    check_dtypes("flash_attention", mixed=dtype is not None, q=q, k=k, v=v)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    check_dtypes("flash_attention", q=q, k=k, v=v)
     _check_shapes(q, k, v, alibi_slopes)
     _check_masks(q, k, causal, window, query_offset, attention_mask, sequence_id, prefix_mask)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if not 0.0 <= scale < math.inf:
+    if not 0.0 <= scale < FP32_MAX:
         raise ValueError(f"softmax_scale is {softmax_scale}; it must be finite and at least 0, or None for 1/sqrt(D)")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1")
+    if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.dim()):
+        raise TypeError(f"seed is {seed.dtype} {tuple(seed.shape)}; pass an int, or an int64 tensor of one number")
     if dropout_p and not isinstance(seed, Tensor):  # on the device: a copy to it would wait, and no CUDA graph takes it
         seed = (
             torch.randint(2**62, (), device=q.device)
@@ -748,21 +765,21 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None) -> Non
             f"flash_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
             "pass q (B, S, H, D) and k, v (B, T, G, D)"
         )
-    if 0 in (*q.shape, *k.shape):
-        raise ValueError(
-            f"flash_attention: q {tuple(q.shape)}, k and v {tuple(k.shape)}: every dimension must be at least 1"
-        )
+    if 0 in (q.shape[2], *k.shape[1:]):
+        raise ValueError(f"flash_attention: q {tuple(q.shape)}, k and v {tuple(k.shape)}: only B and S may be 0")
     if q.shape[2] % k.shape[2]:
         raise ValueError(
             f"flash_attention: {q.shape[2]} heads of q on {k.shape[2]} of k and v; H must be a multiple of G"
         )
-    if slopes is not None and slopes.shape != q.shape[2:3]:
-        raise ValueError(f"alibi_slopes is {tuple(slopes.shape)}; q has {q.shape[2]} heads: pass ({q.shape[2]},)")
+    check_slopes("flash_attention", slopes, q, q.shape[2])
 
 
 def _check_masks(
     q: Tensor, k: Tensor, causal: bool, window: int | None, query_offset: int, *masks: Tensor | None
 ) -> None:
+    for name, number in (("window", window), ("query_offset", query_offset)):
+        if number is not None and not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"{name} is {number!r}; pass an integer")
     if query_offset < 0:
         raise ValueError(f"query_offset is {query_offset}; it is the position of the first query, at least 0")
     if window is not None and window < 1:

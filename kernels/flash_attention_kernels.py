@@ -584,7 +584,10 @@ def _flash_attention_fwd_kernel(
     _store_rows(O, o, b, h, start_m, H, S, DH, D, BLOCK_M)
     lse = m + _log(l, MODE) - _shift(slope2, tl.arange(0, BLOCK_M), MODE)
     tl.store(LSE + head.to(tl.int64) * S + rows, lse / _unit(MODE), mask=rows < S)
-    keys = tl.minimum((hi + BLOCK_N - 1) // BLOCK_N * BLOCK_N, T) - lo
+    end = tl.minimum(hi, T)
+    if CAUSAL & MODE and not PREFIX & MODE:
+        end = tl.minimum(end, off + S)
+    keys = end - lo
     pairs = tl.maximum(keys, 0).to(tl.float32) * tl.minimum(S - start_m, BLOCK_M).to(tl.float32)
     tl.store(SHARE + head * tiles + t, pairs * share)
 

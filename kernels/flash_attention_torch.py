@@ -279,6 +279,10 @@ def _ordinary(q: Tensor, k: Tensor, scale: float) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, skip: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out (B, S, H, D), lse (B, H, S), starts (N, R, chunks), kept ()."""
     (batch, queries, _, _), (keys, g), rules = q.shape, k.shape[1:3], call.rules
+    if q.numel() == 0:
+        found = torch.empty(q.shape[0], q.shape[2], queries, dtype=wide(q.dtype), device=q.device)
+        starts = torch.zeros(g * batch, q.shape[2] // g, -(-queries // CHUNK), dtype=torch.int32, device=q.device)
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device), found, starts, torch.zeros((), device=q.device)
     qf, kf, vf = _fold(q, g), _fold_keys(k), _fold_keys(v)
     starts = _starts(qf, kf, batch, call, skip)
     done, whole = 0, 0
@@ -376,6 +380,9 @@ def attend_backward(
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. out and lse: where `fused`; without them the backward is done in steps."""
+    if q.numel() == 0:
+        dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        return dq, dk, dv
     if dlse is None and out is not None and lse is not None and _ordinary(q, k, call.scale):
         # In low precision torch's backward takes a while to begin.
         dtype = torch.float32 if k.shape[1] <= _SHORT else q.dtype

@@ -19,6 +19,7 @@ programs per multiprocessor walk the rows and keep their part of dweight and dbi
 the parts in a fixed order. Rows too long for that are read twice: for dh, and by columns for dweight and dbias.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -621,20 +622,21 @@ def _norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_tensors(op, x=x, weight=weight, bias=bias, residual=residual)
     dtype = autocast_dtype(x)
-    if dtype is None:
-        check_dtypes(op, x=x, weight=weight, bias=bias, residual=residual)
-    else:
+    check_dtypes(op, mixed=dtype is not None, x=x, weight=weight, bias=bias, residual=residual)
+    if dtype is not None:
         x = x if residual is not None else x.to(dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     for name, w in (("weight", weight), ("bias", bias)):
-        if w is not None and w.shape != x.shape[-1:]:
+        if w is not None and (w.dim() != 1 or w.shape != x.shape[-1:]):
             raise ValueError(
                 f"{op}: {name} is {tuple(w.shape)}; x is {tuple(x.shape)}: pass one value per last dimension"
             )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"{op}: residual is {tuple(residual.shape)}; it must have x's shape {tuple(x.shape)}")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps is {eps}; it must be at least 0")
+    if isinstance(eps, Tensor):
+        raise TypeError(f"{op}: eps is a tensor; pass a number (rms_norm takes no bias)")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps is {eps}; it must be finite and at least 0")
     rms = op == "rms_norm"
     widest = x if residual is None or residual.dtype != torch.float64 else residual
     which = choose(op, widest, backend)

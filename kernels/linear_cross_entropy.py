@@ -17,6 +17,7 @@ with dz = 0 and take their part of the time, and a label outside the vocabulary 
 With torch, ignored tokens are left out beforehand and take no time.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from kernels import reference
 from kernels.backend import (
     architecture,
     autocast_dtype,
+    check_chunk_size,
     check_dtypes,
     check_tensors,
     choose,
@@ -181,7 +183,8 @@ def _run_triton(
     dw = None
     ranges = _chunks(n, vocab, chunk_size, hidden.device, _ROWS)
     width = triton.cdiv(vocab, _ALIGNED) * _ALIGNED
-    buffer = torch.empty(max((j - i for i, j in ranges), default=0), width, dtype=low, device=hidden.device)
+    # Not empty: on a CPU with AMX a product in bf16 reads the columns after the view, and 0 * NaN is NaN.
+    buffer = torch.zeros(max((j - i for i, j in ranges), default=0), width, dtype=low, device=hidden.device)
     for i, j in ranges:
         # 0 * NaN is not 0: ignored tokens must not reach dweight
         h = hidden[i:j].masked_fill((labels[i:j] == loss.ignore_index)[:, None], 0.0)
@@ -199,13 +202,14 @@ def _run_triton(
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b, in fp32 or float64 (None: a b)."""
+    """total + a b, in fp32 or float64 (None: a b). Changes total."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
     if a.device.type == "cuda" and not torch.version.hip:
-        part = torch.mm(a, b, out_dtype=torch.float32)
-    else:
-        part = torch.mm(a, b)
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    part = torch.mm(a, b)
     if total is None:
         return part.float()
     rows = max(1, _CACHED_ELEMENTS // total.shape[1]) if total.device.type == "cpu" else len(total)
@@ -422,7 +426,8 @@ def _op_backward(
     with no_autocast(hidden):
         if reduction != "none":
             factor = dloss * factor
-            return (dh * factor).to(hidden.dtype), (dw * factor).to(weight.dtype)
+            # Into weight's dtype at once: a GPU then holds no second fp32 copy.
+            return (dh * factor).to(hidden.dtype), torch.mul(dw, factor, out=torch.empty_like(dw, dtype=weight.dtype))
         loss = _Loss(ignore_index, logit_scale, label_smoothing, z_loss)
         grads = (grad_hidden, grad_weight)
         run = _run_triton if triton else _run
@@ -488,11 +493,10 @@ def linear_cross_entropy(
     """
     check_tensors("linear_cross_entropy", hidden=hidden, weight=weight, labels=labels)
     dtype = autocast_dtype(hidden)
-    if dtype is None:
-        check_dtypes("linear_cross_entropy", hidden=hidden, weight=weight)
-    else:
-        hidden = hidden.to(dtype)
-    _check(hidden, weight, labels, label_smoothing, reduction, chunk_size)
+    check_dtypes("linear_cross_entropy", mixed=dtype is not None, hidden=hidden, weight=weight)
+    hidden = hidden if dtype is None else hidden.to(dtype)
+    _check(hidden, weight, labels, ignore_index, logit_scale, label_smoothing, z_loss, reduction)
+    check_chunk_size("linear_cross_entropy", chunk_size)
     which = choose("linear_cross_entropy", hidden, backend)
     if which == "reference":
         with no_autocast(hidden):
@@ -525,9 +529,16 @@ def linear_cross_entropy(
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float, reduction: str, chunk_size: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
 ) -> None:
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or not len(weight):
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}; pass (..., d) and (V, d)")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
@@ -539,5 +550,9 @@ def _check(
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it counts tokens, at least 1 (None: chosen by memory)")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is {ignore_index!r}; it must be an integer, such as -100")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale is {logit_scale}; it must be finite")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss is {z_loss}; it must be finite and at least 0")

@@ -9,6 +9,7 @@ launch for all tensors of the same dtypes.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -216,8 +217,10 @@ def lion_step(
         raise ValueError(
             f"lion_step: {len(params)} params, {len(grads)} grads, {len(exp_avgs)} exp_avgs; pass as many of each"
         )
-    if not (lr >= 0 and 0 <= decay <= 1 and all(0 <= b < 1 for b in betas)):
-        raise ValueError(f"lion_step: lr {lr}, betas {betas}, decay {decay}; lr >= 0, betas in [0, 1), decay in [0, 1]")
+    if not (0 <= lr < math.inf and 0 <= decay <= 1 and len(betas) == 2 and all(0 <= b < 1 for b in betas)):
+        raise ValueError(
+            f"lion_step: lr {lr}, betas {betas}, decay {decay}; lr >= 0, two betas in [0, 1), decay in [0, 1]"
+        )
     for i, (p, g, m) in enumerate(zip(params, grads, exp_avgs)):
         check_tensors("lion_step", **{f"params[{i}]": p, f"grads[{i}]": g, f"exp_avgs[{i}]": m})
         if not p.shape == g.shape == m.shape:
@@ -225,6 +228,8 @@ def lion_step(
                 f"lion_step: number {i} has param {tuple(p.shape)}, grad {tuple(g.shape)}, "
                 f"exp_avg {tuple(m.shape)}; give all one shape"
             )
+        if m is p or g is p or g is m:
+            raise ValueError(f"lion_step: number {i} passes one tensor twice; param, grad and exp_avg are three")
         if any(t.dtype not in FLOATS for t in (p, g, m)):
             raise TypeError(f"lion_step: number {i} is {p.dtype}, {g.dtype}, {m.dtype}; pass floating tensors")
     groups: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}

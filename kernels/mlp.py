@@ -14,6 +14,8 @@ On a GPU gelu(pre), and dpre with gelu(pre) in the backward, come in one of two 
 computes them, or the library's product followed by one pointwise kernel. The other products are the library's.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from kernels import reference
 from kernels.backend import (
     architecture,
     autocast_dtype,
+    check_chunk_size,
     check_dtypes,
     check_tensors,
     choose,
@@ -206,9 +209,26 @@ class _Measured(NamedTuple):
 # No GPU has been measured yet, so the library's products run everywhere.
 _FUSED_IS_FASTER: dict[str, tuple[_Measured, ...]] = {}
 
+_only: Literal["fused", "pointwise"] | None = None
+
+
+@contextmanager
+def only(form: Literal["fused", "pointwise"]) -> Iterator[None]:
+    """Triton's path in one form while this lasts, both directions and all shapes: to measure what the table shall say,
+    and to test. For the whole process, since autograd runs a backward on a GPU in a thread of its own.
+    """
+    global _only
+    before, _only = _only, form
+    try:
+        yield
+    finally:
+        _only = before
+
 
 def _fused(direction: str, name: str, tokens: int, d: int, f: int) -> bool:
     """Whether the Triton product runs, for an architecture. Its loads are slow on rows that are not aligned."""
+    if _only is not None:
+        return _only == "fused"
     return (d % 16 == 0 and f % 16 == 0) and any(
         direction == m.direction and m.tokens[0] <= tokens <= m.tokens[1] and m.f[0] <= f <= m.f[1]
         for m in _FUSED_IS_FASTER.get(name, ())
@@ -524,11 +544,10 @@ def mlp(
     given = {"x": x, "up_weight": up_weight, "down_weight": down_weight, "up_bias": up_bias, "down_bias": down_bias}
     check_tensors("mlp", **given)
     dtype = autocast_dtype(x)
-    if dtype is None:
-        check_dtypes("mlp", **given)
-    else:
-        x = x.to(dtype)
-    _check(x, up_weight, down_weight, up_bias, down_bias, chunk_size)
+    check_dtypes("mlp", mixed=dtype is not None, **given)
+    x = x if dtype is None else x.to(dtype)
+    _check(x, up_weight, down_weight, up_bias, down_bias)
+    check_chunk_size("mlp", chunk_size)
     which = choose("mlp", x, backend)
     if which == "reference":
         with no_autocast(x):
@@ -545,7 +564,6 @@ def _check(
     down_weight: Tensor,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
-    chunk_size: int | None,
 ) -> None:
     up, down = tuple(up_weight.shape), tuple(down_weight.shape)
     if len(up) != 2 or len(down) != 2 or x.dim() < 1 or x.shape[-1] != up[1] or up[0] != down[1]:
@@ -555,5 +573,3 @@ def _check(
     for name, bias, width in (("up_bias", up_bias, up[0]), ("down_bias", down_bias, down[0])):
         if bias is not None and tuple(bias.shape) != (width,):
             raise ValueError(f"mlp: {name} is {tuple(bias.shape)}; pass ({width},)")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"mlp: chunk_size is {chunk_size}; it counts tokens, at least 1 (None: all at once)")

@@ -95,7 +95,7 @@ def flash_attention(
     if not (return_lse or return_kept):
         return out
     lse = scores.logsumexp(-1).masked_fill(blind[..., 0], float("-inf"))
-    return (out, *([lse] if return_lse else []), *([torch.ones(())] if return_kept else []))
+    return (out, *([lse] if return_lse else []), *([torch.ones((), device=q.device)] if return_kept else []))
 
 
 def decode_attention(

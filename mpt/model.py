@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import kernels
+from kernels.flash_attention import int32_ids
 from kernels.product import product
 from mpt import checkpoint
 from mpt.cache import CacheStep, LayerStep, MptCache
@@ -691,6 +692,8 @@ class MptModel(MptPreTrainedModel):
             attention_mask = attention_mask.bool()
             if not past and readable(attention_mask) and attention_mask.all():
                 attention_mask = None  # no padding: the attention has less to do
+        if sequence_id is not None and sequence_id.device.type != "cpu":
+            sequence_id = int32_ids(sequence_id)  # once, not in each layer
         slopes = self._alibi_slopes(given.device) if attn.alibi else None
         return AttentionRules(slopes, attention_mask, sequence_id, None if prefix_mask is None else prefix_mask.bool())
 

@@ -20,7 +20,7 @@ else:
     # The tests ask for deterministic algorithms; torch then refuses every cuBLAS product without this.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import torch  # noqa: E402
+import torch
 
 torch.backends.cuda.matmul.fp32_precision = "ieee"  # so that kernels multiply exactly too
 

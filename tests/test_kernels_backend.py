@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,3 +170,24 @@ def test_eager():
         assert not backend.eager(mode.from_tensor(x))
         torch.compile(look, backend="eager", fullgraph=False)(x)
     assert seen[-1] is False
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        ((7, 5), "sm_75"),
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_86"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((11, 0), "sm_86"),
+        ((12, 1), "sm_86"),
+        ((13, 0), "sm_86"),
+    ],
+)
+def test_each_gpu_from_sm_80_on_has_tiles(capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch):
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert backend.architecture(torch.device("cuda")) == name
+    assert (name in backend.TRITON_ARCHITECTURES) == (capability[0] >= 8)

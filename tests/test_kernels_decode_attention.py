@@ -334,7 +334,7 @@ def test_long_caches(h: int, g: int, d: int, dtype: torch.dtype, s: int, skip: b
     if skip:
         torch.testing.assert_close(norms, norms_of(k, "torch"), rtol=1e-6, atol=0)
         run = partial(kernels.decode_attention, q, k, v, lengths, alibi_slopes=slopes, key_norms=norms)
-        assert run(return_kept=True, backend="triton")[1] < size(0.95, 1)
+        assert run(return_kept=True, backend="triton")[1] <= size(0.95, 1)
 
 
 @pytest.mark.gpu
@@ -371,6 +371,22 @@ def test_norms_are_kept_step_by_step(dtype: torch.dtype, path: str):
         torch.testing.assert_close(norms[b, :, held[b]], expected[b, :, held[b]], rtol=1e-6, atol=0)
     true = k[0, :, : at[0]].float().norm(dim=-1)
     torch.testing.assert_close(norms[0, :, 4], true.amax(-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_norms_of_a_long_prompt(path: str):
+    """On a GPU several programs share it."""
+    t, s = 3000, 2500
+    starts = torch.tensor([0, 37, 500])
+    k = torch.randn(3, 2, t, 16) * torch.linspace(1, 0.5, t)[:, None]  # most maxima come from a part before
+    found, expected = (torch.full((3, 2, -(-t // GRAIN)), math.nan) for _ in range(2))
+    for f, into in ((partial(kernels.update_key_norms, backend=path), found), (reference.update_key_norms, expected)):
+        f(into, k[:, :, :500], 0)
+        f(into, torch.stack([k[b, :, n : n + s] for b, n in enumerate(starts.tolist())]), starts)
+    for b, n in enumerate(starts.tolist()):
+        held = -(-(n + s) // GRAIN)
+        torch.testing.assert_close(found[b, :, :held], expected[b, :, :held], rtol=1e-6, atol=0)
+        assert found[b, :, held:].isnan().all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -466,11 +482,9 @@ BAD = [
     ({"softmax_scale": math.nan}, ValueError, r"softmax_scale is nan"),
     ({"softmax_scale": math.inf}, ValueError, r"softmax_scale is inf"),
     ({"q": torch.zeros(2, 17, 4, 16)}, ValueError, r"q has 17 queries; 1 to 16, more are for flash_attention"),
-    (
-        {n: torch.zeros(0, 2, 2, 16) for n in ("q", "k_cache", "v_cache")} | {"lengths": torch.zeros(0).int()},
-        ValueError,
-        r"q \(0, 2, 2, 16\), caches \(0, 2, 2, 16\): there must be a row and a head at least",
-    ),
+    ({"q": torch.zeros(2, 2, 0, 16)}, ValueError, r"0 heads of q on 2 of the caches"),
+    ({"alibi_slopes": torch.ones(4).int()}, TypeError, r"alibi_slopes is torch.int32; use float32"),
+    ({"alibi_slopes": [0.5] * 4}, TypeError, r"alibi_slopes is list; pass a torch.Tensor"),
     ({"q": torch.zeros(2, 2, 3, 16)}, ValueError, r"3 heads of q on 2 of the caches"),
     ({"q": torch.zeros(2, 2, 4, 8)}, ValueError, r"pass q \(B, S, H, D\) and caches \(B, G, T, D\)"),
     ({"q": torch.zeros(2, 2, 4, 16).half()}, TypeError, r"mixed dtypes"),

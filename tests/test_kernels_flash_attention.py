@@ -1,5 +1,5 @@
-"""Attention on the torch path, on a GPU too: outputs and gradients against the float64 reference, masks in combination, exact
-skipping, dropout, the boundary with autograd.
+"""Attention on the torch path, wherever tensors lie: outputs and gradients against the float64 reference, masks in
+combination, exact skipping, dropout, the boundary with autograd.
 """
 
 import math
@@ -496,12 +496,25 @@ def test_bad_arguments():
         attend(q[:, :, :3], k, v)
     with pytest.raises(ValueError, match=r"q \(2, 10, 4, 8\), k \(2, 9, 2, 8\)"):
         attend(q, k[:, :9], v)
-    batch, dimension = [x[:0] for x in (q, k, v)], [x[..., :0] for x in (q, k, v)]
-    for empty in ([q, k[:, :0], v[:, :0]], [q[:, :0], k, v], batch, dimension):
-        with pytest.raises(ValueError, match=r"every dimension must be at least 1"):
+    for empty in ([q, k[:, :0], v[:, :0]], [q[:, :, :0], k, v], [x[..., :0] for x in (q, k, v)]):
+        with pytest.raises(ValueError, match=r"only B and S may be 0"):
             attend(*empty)
-    with pytest.raises(ValueError, match=r"alibi_slopes is \(3,\)"):
-        attend(q, k, v, alibi_slopes=torch.ones(3))
+    good = torch.ones(4)
+    for slopes, error, message in (
+        (good[:3], ValueError, r"alibi_slopes is \(3,\)"),
+        (good.int(), TypeError, r"alibi_slopes is torch.int32; use float32"),
+        (good.to("meta"), TypeError, r"alibi_slopes is on meta and q on"),
+        (good.clone().requires_grad_(), ValueError, r"pass alibi_slopes.detach\(\)"),
+    ):
+        with pytest.raises(error, match=message):
+            attend(q, k, v, alibi_slopes=slopes)
+    with pytest.raises(TypeError, match=r"window is 2.5; pass an integer"):
+        attend(q, k, v, window=2.5)
+    for seed in (torch.tensor(1.0), torch.tensor([1, 2])):
+        with pytest.raises(TypeError, match=r"seed is .*; pass an int, or an int64 tensor of one number"):
+            attend(q, k, v, dropout_p=0.1, seed=seed)
+    with pytest.raises(ValueError, match=r"softmax_scale is 1e\+300"):
+        attend(q, k, v, softmax_scale=1e300)
     with pytest.raises(ValueError, match=r"window is 0"):
         attend(q, k, v, window=0)
     with pytest.raises(ValueError, match=r"query_offset is -1"):
@@ -524,6 +537,15 @@ def test_bad_arguments():
         attend(q.long(), k.long(), v.long())
     with pytest.raises(TypeError, match=r"q is list"):
         attend([1], k, v)
+
+
+@pytest.mark.cpu("nothing waits for slopes on a GPU")
+@pytest.mark.parametrize("value", [-0.5, math.nan])
+def test_slopes_of_no_value(value: float):
+    q, k, v = qkv(2, 10, 4, 8, 2)
+    slopes = torch.tensor([1.0, 0.5, value, 0.1])
+    with pytest.raises(ValueError, match=rf"alibi_slopes\[2\] is {value}; they must be finite and at"):
+        attend(q, k, v, alibi_slopes=slopes)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])

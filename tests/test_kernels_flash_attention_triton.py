@@ -312,9 +312,14 @@ def test_kept_counts_the_pairs_done(slopes: Tensor):
         )
     ]
     assert kept[0] < 0.8 and kept[1:3] == pytest.approx([1, 1]) and kept[3] < 0.5 and kept[4] < 0.5
-    rows = MODULE._tiles_for(q, "ieee", 0.0).fwd.m
-    ends = (torch.arange(256) // rows + 1) * rows
-    assert kept[0] == pytest.approx(((ends - starts(q, k, v, slopes)).sum() / (2 * ends.sum())).item())
+    tile = MODULE._tiles_for(q, "ieee", 0.0).fwd.m
+    found = starts(q, k, v, slopes)[..., ::tile]
+    ends = (torch.arange(0, 256, tile) + tile).clamp(max=256)
+    pairs = ((ends - found).sum() / (2 * ends.sum())).item()
+    assert kept[0] == pytest.approx(pairs)
+    for queries, offset, keys in ((100, 10, 110), (100, 10, 150), (32, 10, 92)):
+        q, k, v = qkv(1, queries, 2, 16, 2, keys)
+        assert float(attend(q, k, v, query_offset=offset, return_kept=True)[1]) == pytest.approx(1)
 
 
 def test_keys_that_are_not_finite_are_not_hidden(slopes: Tensor):
@@ -447,11 +452,17 @@ def test_autocast():
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
-def test_nothing_to_do():
-    q, k, v = (t.requires_grad_() for t in qkv(1, 0, 2, 16, 1, 5))
-    out = attend(q, k, v, alibi_slopes=kernels.alibi_slopes(2))
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize(("batch", "queries"), [(1, 0), (0, 3)])
+def test_nothing_to_do(batch: int, queries: int, backend: str):
+    q, k, v = (t.requires_grad_() for t in qkv(batch, queries, 2, 16, 1, 5))
+    slopes = kernels.alibi_slopes(2)
+    out, lse, kept = kernels.flash_attention(
+        q, k, v, alibi_slopes=slopes, return_lse=True, return_kept=True, backend=backend
+    )
     grads = torch.autograd.grad(out.sum(), (q, k, v))
-    assert out.shape == (1, 0, 2, 16) and all((g == 0).all() for g in grads)
+    assert out.shape == q.shape and lse.shape == (batch, 2, queries) and kept.isfinite()
+    assert [g.shape for g in grads] == [t.shape for t in (q, k, v)] and all((g == 0).all() for g in grads)
 
 
 def test_bad_arguments():

@@ -2,6 +2,7 @@
 autograd.
 """
 
+import math
 from functools import partial
 
 import pytest
@@ -258,8 +259,18 @@ def test_bad_arguments():
             norm(x, w[:7])
         with pytest.raises(ValueError, match=r"residual is \(3, 8\)"):
             norm(x, w, residual=x[:3])
-        with pytest.raises(ValueError, match=r"eps is -1"):
-            norm(x, w, eps=-1)
+        for eps in (-1, math.inf, math.nan):
+            with pytest.raises(ValueError, match=rf"eps is {eps}; it must be finite and at least 0"):
+                norm(x, w, eps=eps)
+        with pytest.raises(TypeError, match=r"eps is a tensor; pass a number"):
+            norm(x, w, eps=w)
+        with pytest.raises(ValueError, match=r"weight is \(\); x is \(\)"):
+            norm(x[0, 0], w[0])
+        with (
+            torch.autocast(x.device.type, torch.bfloat16),
+            pytest.raises(TypeError, match=r"weight is torch.int64; use float16"),
+        ):
+            norm(x, w.long())
         with pytest.raises(TypeError, match=r"mixed dtypes \(x torch.bfloat16, weight torch.float32\)"):
             norm(x.bfloat16(), w)
     with pytest.raises(ValueError, match=r"bias is \(1,\)"):

@@ -226,8 +226,22 @@ def test_bad_arguments():
         loss(h, w, labels, reduction="max")
     with pytest.raises(ValueError, match=r"label_smoothing is 1"):
         loss(h, w, labels, label_smoothing=1.0)
+    for name, value in (("logit_scale", math.nan), ("logit_scale", math.inf), ("z_loss", -1.0), ("z_loss", math.inf)):
+        with pytest.raises(ValueError, match=rf"{name} is {value}; it must be finite"):
+            loss(h, w, labels, **{name: value})
+    with pytest.raises(TypeError, match=r"ignore_index is None; it must be an integer"):
+        loss(h, w, labels, ignore_index=None)
     with pytest.raises(ValueError, match=r"chunk_size is 0"):
         loss(h, w, labels, chunk_size=0)
+    with pytest.raises(TypeError, match=r"chunk_size is 1.5; it counts tokens: pass an integer"):
+        loss(h, w, labels, chunk_size=1.5)
+    with pytest.raises(ValueError, match=r"weight \(0, 24\); pass \(..., d\) and \(V, d\)"):
+        loss(h, w[:0], labels)
+    with (
+        torch.autocast(h.device.type, torch.bfloat16),
+        pytest.raises(TypeError, match=r"hidden is torch.int64; use float16"),
+    ):
+        loss(h.long(), w, labels)
     with pytest.raises(TypeError, match=r"mixed dtypes \(hidden torch.bfloat16, weight torch.float32\)"):
         loss(h.bfloat16(), w, labels)
 

@@ -190,10 +190,15 @@ def test_logits_never_exist_whole_and_nothing_waits():
 
 def test_chunks_are_whole_tiles_within_the_limit():
     gpu = torch.device("cuda")
-    for tokens, vocab, size in ((65536, 50368, None), (65536, 50277, 4000), (4097, 50368, None), (300, 50368, 100)):
-        ranges = _chunks(tokens, vocab, size, gpu, 128)
+    for tokens, vocab, chunk_size in (
+        (65536, 50368, None),
+        (65536, 50277, 4000),
+        (4097, 50368, None),
+        (300, 50368, 100),
+    ):
+        ranges = _chunks(tokens, vocab, chunk_size, gpu, 128)
         lengths = [j - i for i, j in ranges]
-        assert ranges[0][0] == 0 and ranges[-1][1] == tokens and max(lengths) <= (size or 2**28 // vocab)
+        assert ranges[0][0] == 0 and ranges[-1][1] == tokens and max(lengths) <= (chunk_size or 2**28 // vocab)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
         assert max(lengths) < 128 or all(n % 128 == 0 for n in lengths[:-1])
 

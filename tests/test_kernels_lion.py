@@ -1,5 +1,6 @@
 """The Lion step on plain torch and in Triton: the reference, in place, mixed precision, and what it refuses."""
 
+import math
 from functools import partial
 
 import pytest
@@ -162,8 +163,11 @@ def test_bad_arguments():
         kernels.lion_step([p], [g, g], [m], **good)
     with pytest.raises(ValueError, match=r"number 0 has param \(3,\), grad \(2,\)"):
         kernels.lion_step([p], [g[:2]], [m], **good)
-    for bad in ({"lr": -1.0}, {"betas": (1.0, 0.99)}, {"decay": 1.5}):
-        with pytest.raises(ValueError, match=r"lr >= 0, betas in \[0, 1\), decay in \[0, 1\]"):
+    for bad in ({"lr": -1.0}, {"lr": math.inf}, {"betas": (1.0, 0.99)}, {"betas": (0.9,)}, {"decay": 1.5}):
+        with pytest.raises(ValueError, match=r"lr >= 0, two betas in \[0, 1\), decay in \[0, 1\]"):
             kernels.lion_step([p], [g], [m], **(good | bad))
+    for triple in ((p, p, m), (p, g, p), (p, g, g)):
+        with pytest.raises(ValueError, match=r"number 0 passes one tensor twice"):
+            kernels.lion_step(*([t] for t in triple), **good)
     with pytest.raises(TypeError, match=r"number 0 is torch.int64"):
         kernels.lion_step([p.long()], [g], [m], **good)

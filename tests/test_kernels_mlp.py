@@ -142,5 +142,12 @@ def test_bad_arguments():
         kernels.mlp(x, up, down, up_b, down_b[:7])
     with pytest.raises(ValueError, match=r"chunk_size is 0"):
         kernels.mlp(x, up, down, chunk_size=0)
+    with pytest.raises(TypeError, match=r"chunk_size is 2.0; it counts tokens: pass an integer"):
+        kernels.mlp(x, up, down, chunk_size=2.0)
     with pytest.raises(TypeError, match=r"mixed dtypes"):
         kernels.mlp(x.bfloat16(), up, down)
+    with (
+        torch.autocast(x.device.type, torch.bfloat16),
+        pytest.raises(TypeError, match=r"up_weight is torch.int64; use float16"),
+    ):
+        kernels.mlp(x, up.long(), down)

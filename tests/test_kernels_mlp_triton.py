@@ -3,7 +3,7 @@ with a pointwise kernel.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -28,9 +28,9 @@ def _poisoned():
 
 
 @pytest.fixture(params=["fused", "pointwise"], autouse=True)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(ours, "_fused", lambda *shape: request.param == "fused")
-    return request.param
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    with ours.only(request.param):
+        yield request.param
 
 
 def inputs(n: tuple[int, ...], d: int, f: int, bias: bool, out: int | None = None) -> list[torch.Tensor | None]:
@@ -193,7 +193,7 @@ def test_float64_is_refused_by_name():
 
 
 def test_the_table_of_measurements_decides(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.undo()
+    monkeypatch.setattr(ours, "_only", None)
     entry = ours._Measured("backward", (1024, 8192), (4096, 2**20), "a machine")
     monkeypatch.setitem(ours._FUSED_IS_FASTER, "sm_90", (entry,))
     assert ours._fused("backward", "sm_90", 1024, 768, 4096)

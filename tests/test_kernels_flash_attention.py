@@ -274,6 +274,7 @@ def test_what_is_skipped_of_a_trained_model_does_not_matter(layer: int):
     assert kept(*layers[layer], alibi_slopes=slopes) < 0.9
 
 
+@pytest.mark.cpu("in steps, heads are joined where that reads little in vain, and what it reads counts")
 def test_the_backward_takes_the_forwards_pairs():
     """Keys that were skipped for every query get exactly zero gradient; those kept do not."""
     q, k, v = (t.requires_grad_() for t in qkv(1, 1024, 4, 16))

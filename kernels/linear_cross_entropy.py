@@ -41,8 +41,8 @@ from kernels.backend import (
 from kernels.compile import Variant
 from kernels.product import product
 
-_CPU_ELEMENTS = 2**24  # logits of a chunk: enough that adding to dweight costs little beside the matrix products
-_GPU_ELEMENTS = 2**28
+_CPU_BYTES = 2**26  # of a chunk's logits: enough that adding to dweight costs little beside the matrix products
+_GPU_BYTES = 2**29
 _CPU_ROWS = 64  # a multiple of it, so that few shapes of products occur
 _CACHED_ELEMENTS = 2**20  # logits between whose passes nothing leaves a CPU's cache
 
@@ -181,7 +181,7 @@ def _run_triton(
     losses = torch.empty(n, dtype=torch.float32, device=hidden.device)
     dh = torch.empty(n if grads[0] else 0, d, dtype=low, device=hidden.device)
     dw = None
-    ranges = _chunks(n, vocab, chunk_size, hidden.device, _ROWS)
+    ranges = _chunks(n, vocab, chunk_size, hidden.device, low, _ROWS)
     width = triton.cdiv(vocab, _ALIGNED) * _ALIGNED
     # Not empty: on a CPU with AMX a product in bf16 reads the columns after the view, and 0 * NaN is NaN.
     buffer = torch.zeros(max((j - i for i, j in ranges), default=0), width, dtype=low, device=hidden.device)
@@ -256,11 +256,11 @@ def variants(architecture: str) -> list[Variant]:
 
 
 def _chunks(
-    tokens: int, vocab: int, chunk_size: int | None, device: torch.device, multiple: int = 1
+    tokens: int, vocab: int, chunk_size: int | None, device: torch.device, dtype: torch.dtype, multiple: int = 1
 ) -> list[tuple[int, int]]:
     """Nearly equal ranges of tokens, of a multiple of so many where that does not make them larger than chunk_size."""
-    limit = _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
-    largest = chunk_size or max(1, limit // vocab)
+    limit = _CPU_BYTES if device.type == "cpu" else _GPU_BYTES
+    largest = chunk_size or max(1, limit // (vocab * dtype.itemsize))
     count = max(1, -(-tokens // largest))
     size = max(1, -(-tokens // count))
     whole = -(-size // multiple) * multiple
@@ -288,7 +288,7 @@ def _run(
     w, tokens = weight.to(low), len(counted)
     losses = torch.zeros(tokens, dtype=up, device=hidden.device)
     dh = torch.empty(tokens if grads[0] else 0, d, dtype=low, device=hidden.device)
-    ranges = _chunks(tokens, vocab, chunk_size, hidden.device, _CPU_ROWS)
+    ranges = _chunks(tokens, vocab, chunk_size, hidden.device, low, _CPU_ROWS)
     dw: Tensor | None = None
     block = max(1, _CACHED_ELEMENTS // vocab) if hidden.device.type == "cpu" else n
     for i, j in ranges:

@@ -196,7 +196,7 @@ def test_chunks_are_whole_tiles_within_the_limit():
         (4097, 50368, None),
         (300, 50368, 100),
     ):
-        ranges = _chunks(tokens, vocab, chunk_size, gpu, 128)
+        ranges = _chunks(tokens, vocab, chunk_size, gpu, torch.bfloat16, 128)
         lengths = [j - i for i, j in ranges]
         assert ranges[0][0] == 0 and ranges[-1][1] == tokens and max(lengths) <= (chunk_size or 2**28 // vocab)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import importlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -80,9 +81,9 @@ def test_a_blocks_activations_are_what_autograd_keeps(mode, change):
 
 def test_the_losss_chunk_is_the_kernels():
     module = importlib.import_module("kernels.linear_cross_entropy")
-    for device, limit in LOSS_CHUNK.items():
-        ((start, end), *_) = module._chunks(10**7, 50432, None, torch.device(device))
-        assert 0 <= limit // 50432 - (end - start) < 10
+    for (device, limit), dtype in itertools.product(LOSS_CHUNK.items(), (torch.float32, torch.bfloat16)):
+        ((start, end), *_) = module._chunks(10**7, 50432, None, torch.device(device), dtype)
+        assert 0 <= limit // (50432 * dtype.itemsize) - (end - start) < 10
 
 
 def test_states_are_sharded_and_everything_else_is_not():

@@ -22,7 +22,7 @@ MANY_EPOCHS = 100  # passes over the data above which a model learns it by heart
 DEVICE_SHARE = 0.92  # of a GPU's memory that the estimate may fill; the rest is CUDA's context and fragmentation
 FP32 = 4
 GPUS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GiB of those that there are
-LOSS_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # logits at once, as kernels.linear_cross_entropy chooses them
+LOSS_CHUNK = {"cpu": 2**26, "cuda": 2**29}  # bytes of logits at once, as kernels.linear_cross_entropy chooses them
 STATE = "optimizer state"
 SHARDS = ("weights", "gradients", STATE)  # the kinds that cpu_offload moves
 MLP_CHUNK = 8192  # tokens, as a setting to propose: enough for matrix products that fill a GPU
@@ -428,11 +428,12 @@ def _loss(c: MptConfig, tokens: int, width: int, device_type: str, *, frozen: bo
     """A chunk of logits in the compute dtype beside the head's gradient in fp32, or, later, that gradient scaled; and
     the last block's output, normed, with its gradient. A frozen head has no gradient.
     """
-    count = _ceil(tokens, max(1, LOSS_CHUNK[device_type] // c.vocab_size))
+    count = _ceil(tokens, max(1, LOSS_CHUNK[device_type] // (c.vocab_size * width)))
     logits = _ceil(tokens, count) * c.vocab_size * width
     head = 0 if frozen else c.vocab_size * c.d_model
-    part = head * (FP32 if device_type == "cuda" else 0 if width == FP32 else width)  # a chunk's, before it is added
-    scaled = head * (FP32 + (0 if width == FP32 else width))
+    in_place = device_type == "cuda" or width == FP32
+    part = 0 if in_place else head * width  # a chunk's, before it is added
+    scaled = head * (width if in_place else FP32 + width)
     return head * FP32 + max(logits + part, scaled) + 4 * tokens * c.d_model * width
 
 

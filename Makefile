@@ -41,9 +41,10 @@ test: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m "slow" --durations=15
 
-# The tests of kernels, compiled on this machine's GPU instead of interpreted.
+# The tests of kernels, compiled on this machine's GPU instead of interpreted, and what else needs one.
 test-gpu: $(READY)
 	MPT_TEST_DEVICE=cuda $(PYTEST) tests/test_kernels_*.py --durations=15
+	MPT_TEST_DEVICE=cuda $(PYTEST) -m gpu tests/test_mpt_*.py tests/test_trainer_*.py --durations=5
 
 lint: $(READY)
 	$(BIN)/ruff check .

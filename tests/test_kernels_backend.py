@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kernels
 from kernels import backend
 
-X = torch.ones(2, 4)
+X = torch.ones(2, 4)  # on the CPU, on every machine
 
 
 @pytest.fixture(autouse=True)
@@ -61,16 +61,17 @@ def test_a_bad_name_says_where_it_came_from(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_triton_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch):
+    x = torch.ones(2, 4)
     monkeypatch.setenv("MPT_KERNELS", "triton")
     with pytest.raises(ValueError, match=r"MPT_KERNELS is 'triton', but layer_norm cannot run there: .* is float64"):
-        backend.choose("layer_norm", X.double())
-    assert backend.choose("layer_norm", X) == "triton"
+        backend.choose("layer_norm", x.double())
+    assert backend.choose("layer_norm", x) == "triton"
     with pytest.raises(ValueError, match=r"no room for that; use 'auto' or 'torch'"):
-        backend.choose("layer_norm", X, unfit="no room for that")
-    assert backend.choose("layer_norm", X, "auto", unfit="no room for that") == "torch"
+        backend.choose("layer_norm", x, unfit="no room for that")
+    assert backend.choose("layer_norm", x, "auto", unfit="no room for that") == "torch"
     monkeypatch.setattr(backend, "interpreting", lambda: False)
     with pytest.raises(ValueError, match=r"the tensor is on meta, and Triton compiles for NVIDIA and AMD GPUs"):
-        backend.choose("layer_norm", X.to("meta"))
+        backend.choose("layer_norm", x.to("meta"))
 
 
 def test_the_environment_reaches_every_operation(monkeypatch: pytest.MonkeyPatch):

@@ -4,10 +4,12 @@ exact skipping by key norms, what lies beyond a row's end, the boundary.
 
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from device import size
 from tolerance import Row, hold
 from torch import Tensor
 
@@ -304,6 +306,46 @@ def test_not_finite_keeps_everything_it_touches(where: str, value: float, path: 
     norms = norms_of(k, path)
     first = torch.ops.mpt.decode_attention(q, k, v, torch.tensor([300]), slopes, norms, 0.25, path == "triton")[1]
     assert first[0, 0] == 0 and first[0, 1] > 0
+
+
+# ---- as large as on a GPU: many pieces, loops over many tiles --------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("s", [1, 4])
+@pytest.mark.parametrize(
+    ("h", "g", "d", "dtype"),
+    [
+        (8, 8, 64, torch.bfloat16),
+        (8, 2, 128, torch.bfloat16),
+        (16, 1, 128, torch.float16),
+        (8, 8, 112, torch.bfloat16),
+        (8, 2, 256, torch.bfloat16),
+        (8, 4, 128, torch.float32),
+    ],
+)
+def test_long_caches(h: int, g: int, d: int, dtype: torch.dtype, s: int, skip: bool):
+    t = size(65536, 600)
+    q, k, v = inputs(4, s, h, g, t, d, dtype)
+    lengths, slopes = torch.tensor([t, t * 5 // 8 + 3, t // 90, s]), kernels.alibi_slopes(h)
+    norms = norms_of(k, "triton") if skip else None
+    check("triton", q, k, v, lengths, alibi_slopes=slopes, key_norms=norms)
+    if skip:
+        torch.testing.assert_close(norms, norms_of(k, "torch"), rtol=1e-6, atol=0)
+        run = partial(kernels.decode_attention, q, k, v, lengths, alibi_slopes=slopes, key_norms=norms)
+        assert run(return_kept=True, backend="triton")[1] <= size(0.95, 1)
+
+
+@pytest.mark.gpu
+def test_products_of_fp32_in_tf32(multiply_fp32: Callable[[str], None]):
+    multiply_fp32("tf32")
+    q, k, v = inputs(2, 2, 8, 2, size(5000, 300), 128)
+    rest = {"lengths": torch.tensor([k.shape[2], 130]), "alibi_slopes": kernels.alibi_slopes(8)}
+    ours = partial(kernels.decode_attention, backend="triton", key_norms=norms_of(k, "triton"))
+    given = [(q, k, v), tuple(x.double() for x in (q, k, v))]
+    got, plain, exact = (f(*x, **rest) for f, x in zip((ours, *[reference.decode_attention] * 2), (given[0], *given)))
+    hold(lambda: [("out", got, plain, exact)], 2.0**-10)
 
 
 # ---- key norms -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from tolerance import compare, hold, run
+from device import size
+from tolerance import assert_close, compare, compare_pooled, hold, run
 from torch import Tensor
 
 import kernels
@@ -43,6 +44,10 @@ def ours(name: str, backend: str):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("norm", ["layer_norm", "layer_norm with bias", "rms_norm"])
 def test_outputs_and_gradients(norm: str, residual: bool, backend: str, shape: tuple[int, ...], dtype: torch.dtype):
+    follow_the_rule(norm, residual, backend, shape, dtype)
+
+
+def follow_the_rule(norm: str, residual: bool, backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     name, d = norm.split()[0], shape[-1]
     weights = [torch.randn(d), torch.randn(d) if norm.endswith("bias") else None][: 2 if name == "layer_norm" else 1]
     x = torch.randn(shape) * 3 + 1
@@ -51,6 +56,36 @@ def test_outputs_and_gradients(norm: str, residual: bool, backend: str, shape: t
         compare(*map(with_residual, norms), [x, torch.randn(shape), *weights], dtype)
     else:
         compare(*norms, [x, *weights], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", size((768, 4096, 7168, 8192, 12288), (80, 300)))
+@pytest.mark.parametrize(
+    ("norm", "residual", "dtype"),
+    [
+        ("layer_norm with bias", True, torch.bfloat16),
+        ("layer_norm", False, torch.float16),
+        ("rms_norm", True, torch.float32),
+    ],
+)
+def test_rows_for_which_each_program_takes_many_turns(norm: str, residual: bool, dtype: torch.dtype, d: int):
+    """The backward's loop over tiles is pipelined there, and sums dweight over them. The longest rows are wide."""
+    rows = size(min(40_001, 200_000_000 // d), 70)  # what float64 makes of them fits beside it
+    follow_the_rule(norm, residual, "triton", (rows, d), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", size((4096, 12288), (80, 300)))
+def test_elements_beyond_2_to_the_31(d: int):
+    """The last rows, against the reference of them alone."""
+    rows, last = size((2**31 // d + 300, 300), (50, 9))
+    x, w, b, dy = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((rows, d), (d,), (d,), (rows, d)))
+    y, dx, *_ = run(ours("layer_norm", "triton"), [x, w, b], [dy])
+    few = [x[-last:], w, b]
+    plain = run(reference.layer_norm, few, [dy[-last:]])
+    exact = run(reference.layer_norm, [t.double() for t in few], [dy[-last:]])
+    assert_close("y", y[-last:], plain[0], exact[0])
+    assert_close("dx", dx[-last:], plain[1], exact[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,10 +110,10 @@ def test_eps_and_float64():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_one_element(dtype: torch.dtype, backend: str):
-    x, w, b = 1 + torch.rand(2000, 1), torch.randn(1), torch.randn(1)
-    for name, weights in (("layer_norm", [w, b]), ("rms_norm", [w])):
+    for name, weights in (("layer_norm", 2), ("rms_norm", 1)):
         norms = (partial(f, eps=0.5) for f in (ours(name, backend), getattr(reference, name)))
-        compare(*norms, [x, *weights], dtype)
+        draws = [[1 + torch.rand(700, 1), *(torch.randn(1) for _ in range(weights))] for _ in range(8)]
+        compare_pooled(*norms, draws, dtype)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])

@@ -3,12 +3,13 @@ ragged ones, labels that are ignored or wrong, huge and infinite logits, the bou
 """
 
 import itertools
-import os
 from functools import partial
 
 import pytest
 import torch
+from device import size
 from tolerance import compare, compare_pooled
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import reference
@@ -189,10 +190,15 @@ def test_logits_never_exist_whole_and_nothing_waits():
 
 def test_chunks_are_whole_tiles_within_the_limit():
     gpu = torch.device("cuda")
-    for tokens, vocab, size in ((65536, 50368, None), (65536, 50277, 4000), (4097, 50368, None), (300, 50368, 100)):
-        ranges = _chunks(tokens, vocab, size, gpu, torch.bfloat16, 128)
+    for tokens, vocab, chunk_size in (
+        (65536, 50368, None),
+        (65536, 50277, 4000),
+        (4097, 50368, None),
+        (300, 50368, 100),
+    ):
+        ranges = _chunks(tokens, vocab, chunk_size, gpu, torch.bfloat16, 128)
         lengths = [j - i for i, j in ranges]
-        assert ranges[0][0] == 0 and ranges[-1][1] == tokens and max(lengths) <= (size or 2**28 // vocab)
+        assert ranges[0][0] == 0 and ranges[-1][1] == tokens and max(lengths) <= (chunk_size or 2**28 // vocab)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
         assert max(lengths) < 128 or all(n % 128 == 0 for n in lengths[:-1])
 
@@ -236,7 +242,31 @@ def test_compile_and_checkpoint():
             torch.testing.assert_close(got, want)
 
 
-@pytest.mark.skipif(os.environ.get("MPT_TEST_DEVICE", "cpu") == "cpu", reason="26 GB of logits")
+# ---- as large as on a GPU: rows of many blocks -----------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", size((50277, 50368), (300,)))
+@pytest.mark.parametrize(
+    ("reduction", "options"),
+    [("mean", {}), ("none", {"logit_scale": 0.7, "label_smoothing": 0.1, "z_loss": 1e-3}), ("sum", {"z_loss": 1e-3})],
+)
+def test_rows_of_many_blocks(reduction: str, options: dict, vocab: int, dtype: torch.dtype):
+    n, d, chunk_size = size((700, 256, 300), (50, 32, 20))
+    both(*inputs((n,), d, vocab), dtype, reduction=reduction, chunk_size=chunk_size, **options)
+
+
+@pytest.mark.gpu
 def test_offsets_beyond_2_to_the_31():
-    h, w, labels = inputs((2**31 // 50304 + 100,), 64, 50277)
-    both(h, w, labels, torch.bfloat16, chunk_size=len(labels))
+    """In one chunk, against the reference a few rows at a time, which would hold 17 GB of each step's logits whole."""
+    n, few = size((2**31 // 50304 + 100, 4096), (90, 40))
+    vocab = size(50277, 300)
+    h, w, labels = inputs((n,), 64, vocab)
+
+    def in_parts(h, w):
+        parts = zip(h.split(few), labels.split(few))
+        return torch.cat([checkpoint(plain, h_, w, labels_, use_reentrant=False) for h_, labels_ in parts])
+
+    plain = partial(reference.linear_cross_entropy, reduction="none")
+    compare(partial(loss_of, labels=labels, reduction="none", chunk_size=n), in_parts, [h, w], torch.bfloat16)

@@ -1,9 +1,11 @@
 """The Lion step on plain torch and in Triton: the reference, in place, mixed precision, and what it refuses."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from device import size
 
 import kernels
 from kernels import reference
@@ -40,9 +42,26 @@ def test_triton_gives_the_very_bits_of_plain_torch(dtypes: tuple[torch.dtype, ..
     """With numbers whose products need no rounding, as no implementation says whether it fuses a product with a sum.
     Updates that are exactly zero are among them.
     """
-    lists = [[torch.randint(-8, 9, s).to(dtype) / 4 for s in SHAPES] for dtype in dtypes]
+    follow_torch_bit_by_bit(SHAPES, dtypes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, F32), (BF16, BF16, BF16), (F32, BF16, F32)])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_chunks_of_many_blocks(offset: int, dtypes: tuple[torch.dtype, ...]):
+    """Whole blocks, and the rest behind them, which is masked; at addresses that are aligned, and others."""
+    follow_torch_bit_by_bit([(size(100_003, 700),), (3,), (size(70_000, 300),), (17, 128)], dtypes, offset)
+
+
+def follow_torch_bit_by_bit(shapes: list[tuple[int, ...]], dtypes: tuple[torch.dtype, ...], offset: int = 0) -> None:
+    """offset: of the tensors from an aligned address, in elements."""
+
+    def placed(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view(t.shape)
+
+    lists = [[placed(torch.randint(-8, 9, s).to(dtype) / 4) for s in shapes] for dtype in dtypes]
     lists[1][-1][0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
-    copies = [[t.clone() for t in ts] for ts in lists]
+    copies = [[placed(t) for t in ts] for ts in lists]
     for backend, (params, grads, averages) in (("torch", lists), ("triton", copies)):
         kernels.lion_step(params, grads, averages, lr=0.125, betas=(0.75, 0.875), decay=0.25, backend=backend)
     for ours, theirs in zip(copies, lists):
@@ -123,6 +142,18 @@ def test_parameters_that_require_grad(backend: str):
 def test_opcheck(triton: bool):
     params, grads, averages = state((torch.float32,) * 3)
     torch.library.opcheck(torch.ops.mpt.lion_step, (params, grads, averages, 0.1, 0.9, 0.99, 0.1, triton))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile(backend: str):
+    torch._dynamo.reset()
+    lists = state((torch.float32,) * 3)
+    copies = [[t.clone() for t in ts] for ts in lists]
+    step = partial(kernels.lion_step, lr=0.1, betas=(0.9, 0.99), decay=0.1, backend=backend)
+    torch.compile(step, backend="aot_eager", fullgraph=True)(*lists)
+    step(*copies)
+    for got, want in zip(lists, copies):
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 def test_bad_arguments():

@@ -3,12 +3,13 @@ with a pointwise kernel.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
 import torch
-from tolerance import compare, compare_pooled
+from device import size
+from tolerance import assert_close, compare, compare_pooled, run
 
 import kernels
 from kernels import reference
@@ -48,6 +49,38 @@ def test_outputs_and_gradients(chunk_size: int | None, bias: bool, dtype: torch.
 @pytest.mark.parametrize(("d", "f"), [(31, 63), (33, 65), (100, 129)])
 def test_widths(d: int, f: int):
     compare_pooled(mlp, reference.mlp, [inputs((33,), d, f, True) for _ in range(2)], torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "d", "f", "chunk_size"),
+    size([(1000, 1024, 4096, None), (1000, 1024, 4096, 300), (777, 1000, 4090, None)], [(70, 70, 150, None)]),
+)
+def test_many_tiles(rows: int, d: int, f: int, chunk_size: int | None, dtype: torch.dtype):
+    """Several groups of tiles, and many steps of the product's loop; the last with edges on every side."""
+    compare(partial(mlp, chunk_size=chunk_size), reference.mlp, inputs((rows,), d, f, True, out=d // 2 + 8), dtype)
+
+
+@pytest.mark.gpu
+def test_products_of_fp32_in_tf32(multiply_fp32: Callable[[str], None]):
+    multiply_fp32("tf32")
+    given = inputs((size(500, 70),), size(512, 70), size(1024, 150), True)
+    compare(mlp, reference.mlp, given, torch.float32, eps=2.0**-10)
+
+
+@pytest.mark.gpu
+def test_elements_beyond_2_to_the_31():
+    """The last rows, against the reference of them alone."""
+    f, last = size((16384, 300), (150, 9))
+    rows = size(2**31 // f + 300, 70)
+    low = [None if t is None else t.bfloat16() for t in inputs((rows,), 64, f, False)]
+    dy = torch.randn(rows, 64, dtype=torch.bfloat16)
+    few = [low[0][-last:], *low[1:]]
+    (y, dx, *_), (plain_y, plain_dx, *_) = run(mlp, low, [dy]), run(reference.mlp, few, [dy[-last:]])
+    exact_y, exact_dx, *_ = run(reference.mlp, [None if t is None else t.double() for t in few], [dy[-last:]])
+    assert_close("y", y[-last:], plain_y, exact_y)
+    assert_close("dx", dx[-last:], plain_dx, exact_dx)
 
 
 def test_one_column():

@@ -6,6 +6,8 @@ from tolerance import Row, hold
 
 from kernels.product import _rounded, mkl_at_its_best, product
 
+pytestmark = pytest.mark.cpu("elsewhere it is torch.mm")
+
 
 @pytest.mark.parametrize(
     ("m", "k", "n"),

@@ -58,7 +58,7 @@ def test_dropout_drops_and_rescales():
     p = reference.flash_attention(q, k, v, causal=False, dropout_p=0.25, seed=3)
     assert torch.equal(p, reference.flash_attention(q, k, v, causal=False, dropout_p=0.25, seed=3))
     assert p.unique().tolist() == pytest.approx([0.0, 1 / 32 / 0.75])
-    assert (p == 0).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert (p == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
 def test_norms_equal_torchs():

@@ -1,8 +1,12 @@
 """The models as their users meet them: parity with transformers, outputs, autocast, compile, and what they refuse."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE, size
+from tolerance import Row, hold
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import MptConfig as TheirConfig
@@ -438,3 +442,62 @@ def test_learned_positions_count_real_tokens() -> None:
     mask[0, 2:] = True
     with pytest.raises(ValueError, match="42 positions and max_seq_len is 40"):
         model(ids, attention_mask=mask)
+
+
+# ---- on a GPU (MPT_TEST_DEVICE=cuda), else small in Triton's interpreter ---------------------------------------------
+
+
+def lively(**shape) -> MptForCausalLM:
+    model = MptForCausalLM(MptConfig(**shape, n_layers=2, no_bias=False))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (p.shape[-1] ** -0.5 if p.dim() == 2 else 0.3) + (p.dim() == 1))
+    return model
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_triton_against_float64_on_a_cpu(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers with packed documents and padding: loss, logits and every gradient by the kernels' error rule."""
+    d, heads, s, vocab = size((512, 8, 700, 5003), (32, 2, 40, 97))
+    shape = {"d_model": d, "n_heads": heads, "vocab_size": vocab, "max_seq_len": s}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def run(model: MptForCausalLM, implementation: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        monkeypatch.setenv("MPT_KERNELS", implementation)
+        place = next(model.parameters())
+        low = precision == "autocast" and place.dtype == torch.float32
+        with torch.autocast(place.device.type, torch.bfloat16, enabled=low):
+            out = model(**{name: x.to(place.device) for name, x in batch.items()}, return_logits=True)
+        out.loss.backward()
+        found = {"loss": out.loss, "logits": out.logits} | {name: p.grad for name, p in model.named_parameters()}
+        return {name: x.detach().cpu() for name, x in found.items()}
+
+    def draw() -> list[Row]:
+        model = lively(**shape, attn_config={"attn_uses_sequence_id": True}).train().to(dtype)
+        ids, documents = torch.randint(vocab, (2, s)), (torch.rand(2, s) < 4 / s).cumsum(1)
+        documents[1, -s // 5 :] = -1
+        batch = {"input_ids": ids, "labels": ids.masked_fill(documents < 0, -100), "sequence_id": documents}
+        ours, plain = (copy.deepcopy(model).to(DEVICE) for _ in range(2))
+        got, usual = run(ours, "triton", batch), run(plain, "reference", batch)
+        exact = run(model.double(), "torch", batch)
+        seen = documents >= 0
+        for found in (got, usual, exact):
+            found["logits"] = found["logits"][seen]
+        return [(name, got[name], usual[name], exact[name]) for name in exact]
+
+    hold(draw, torch.float32 if precision == "fp32" else torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
+def test_triton_generates_what_a_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    d, heads, s, vocab, new = size((512, 8, 700, 5003, 40), (32, 2, 40, 97, 3))
+    model = lively(d_model=d, n_heads=heads, vocab_size=vocab, max_seq_len=s + new).eval()
+    ids, mask = torch.randint(vocab, (2, s)), torch.ones(2, s, dtype=torch.long)
+    mask[0, : s // 3] = 0
+    expected = model.generate(ids, mask, max_new_tokens=new)
+    monkeypatch.setenv("MPT_KERNELS", "triton")
+    model = model.to(DEVICE)
+    assert torch.equal(model.generate(ids.to(DEVICE), mask.to(DEVICE), max_new_tokens=new).cpu(), expected)

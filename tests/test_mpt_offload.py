@@ -95,6 +95,7 @@ def test_mlps_in_chunks_give_the_same_gradients(mode):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     model, ids = make().cuda(), torch.randint(64, (2, 16), device="cuda")

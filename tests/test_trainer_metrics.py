@@ -188,6 +188,7 @@ def test_timer_counts_a_part_that_raises(clock):
     assert timer.totals()["forward"] == 2.0
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_timer_reads_the_stream_on_a_gpu():
     device = torch.device("cuda")

@@ -194,6 +194,7 @@ def test_an_offloaded_state_changes_no_bit(state_dtype, generator, monkeypatch):
             assert not x.dim() or homes[theirs, slot] is offloaded.state[theirs][slot]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["decoupled_adamw", "decoupled_lionw"])
 def test_an_offloaded_state_is_on_the_host(name):

@@ -26,7 +26,7 @@ def assert_close(name: str, got: Tensor, plain: Tensor, exact: Tensor, dtype: to
 
 
 def _excess(
-    name: str, got: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype | None = None
+    name: str, got: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype | float | None = None
 ) -> tuple[float, str]:
     """The error over what the rule allows, and both in words. AssertionError where `got` is of another shape, not
     finite where `exact` is, or has other infinities.
@@ -40,7 +40,7 @@ def _excess(
     error, usual = ((t.double() - exact)[finite].abs() for t in (got, plain))
     if error.numel() == 0:
         return 0.0, ""
-    eps = torch.finfo(dtype or got.dtype).eps
+    eps = dtype if isinstance(dtype, float) else torch.finfo(dtype or got.dtype).eps
     bound = 2 * usual.max() + 2 * eps * exact[finite].abs().max()
     ratio = float(error.max() / bound) if error.max() > 0 else 0.0
     return ratio, f"{name}: error {error.max():.3e}, bound {bound:.3e} (plain torch {usual.max():.3e})"
@@ -63,10 +63,15 @@ def run(
 
 
 def compare(
-    function: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[Tensor | None], dtype: torch.dtype
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    eps: float | None = None,
 ) -> None:
     """Hold outputs and every gradient of `function` in `dtype` to `reference`, run in float64 and, as plain torch, in
-    `dtype`. More draws are the same inputs, each number changed by about 1 %.
+    `dtype`. More draws are the same inputs, each number changed by about 1 %. eps: where products round more coarsely
+    than `dtype`.
     """
     given: list[Sequence[Tensor | None]] = [inputs]
 
@@ -77,7 +82,7 @@ def compare(
         ]
         return rows
 
-    hold(draw, dtype)
+    hold(draw, eps or dtype)
 
 
 def compare_pooled(
@@ -102,8 +107,10 @@ def compare_pooled(
     hold(draw, dtype)
 
 
-def hold(draw: Callable[[], Sequence[Row]], dtype: torch.dtype | None = None) -> None:
-    """Hold each row of draw() to the rule; called again, it has to give the same rows for other random numbers."""
+def hold(draw: Callable[[], Sequence[Row]], dtype: torch.dtype | float | None = None) -> None:
+    """Hold each row of draw() to the rule; called again, it has to give the same rows for other random numbers. dtype:
+    the working precision, or its eps, where that is not the result's.
+    """
     first = [_excess(*row, dtype) for row in draw()]
     close = [i for i, (ratio, _) in enumerate(first) if ratio > 1]
     for i in close:

@@ -27,6 +27,7 @@ _MASK_ELEMENTS = 2**22  # of a mask that is no view, or those of one head
 _SMALL = 2**16  # scores that cost less than a tile's calls: for fewer in vain, neighbours are joined
 _PART = 256  # keys of a head that are worth a thread in the backward
 _SHORT = 128  # keys
+_BF16_LENGTH = 1024  # up to which all keys in bf16 cost a CPU with AMX less than to find out which ones matter
 _SHARES = 8  # heads or parts of them in a tile: enough for as many threads
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -305,7 +306,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call, skip: bool) -> tuple[Ten
 def _starts(q: Tensor, k: Tensor, batch: int, call: Call, skip: bool) -> Tensor:
     """(N, R, chunks) int32: the first key of each chunk of queries."""
     n, r, queries, _ = q.shape
-    if not skip or call.slopes is None or queries + call.rules.query_offset <= CHUNK:
+    low = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    if not skip or call.slopes is None or queries + call.rules.query_offset <= (_BF16_LENGTH if low else CHUNK):
         return torch.zeros(n, r, -(-queries // CHUNK), dtype=torch.int32, device=q.device)
     slopes, up = _fold_slopes(call.slopes.to(q.device), n, r, batch), wide(q.dtype)
     bits = 53 if up == torch.float64 else 24

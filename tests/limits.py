@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import alibi
+
 LARGEST = 2.0**-24  # of a row's total, what is skipped
-TIGHT = {torch.float32: 0.9, torch.bfloat16: 0.75, torch.float16: 0.9}  # of it, what is lost at the limit
 
 
 class Layout(NamedTuple):
@@ -54,6 +55,13 @@ def along(slopes: Tensor, s: int, where: Layout, dtype: torch.dtype, *, beyond: 
         chosen = (row % where.tile == 3) & (larger > 0)
         found = torch.where(chosen, rounded(larger, dtype, up=True), found)
     return cut, found
+
+
+def least(dtype: torch.dtype, rho: float) -> float:
+    """Of what may be lost at most, what is lost at least where queries are as long as the cut allows: 2^-1/16, less
+    their rounding in dtype and, of the larger ones, 2 rho.
+    """
+    return 0.5 if rho > alibi._RHO else 0.85 if dtype == torch.bfloat16 else 0.9
 
 
 def near_sum(slope: Tensor, count: Tensor) -> Tensor:

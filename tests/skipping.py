@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limits import LARGEST, TIGHT, Layout, along
+from limits import LARGEST, Layout, along, least
 from torch import Tensor
 
 import kernels
@@ -164,7 +164,8 @@ def hold_dropped(
     lost = (weights(q, k, slopes) * dropped).sum(-1).max() / LARGEST
     assert lost <= 1, f"the keys left out weigh {lost:.3g} * 2^-24"
     assert dropped.any() or not skips, "nothing was skipped"
-    assert lost >= TIGHT[q.dtype] or not tight, f"the keys left out weigh {lost:.3g} * 2^-24 only"
+    rho = layout(q.shape[-1], q.dtype, triton=triton).rho
+    assert lost >= least(q.dtype, rho) or not tight, f"the keys left out weigh {lost:.3g} * 2^-24 only"
 
 
 def hold(

@@ -331,7 +331,9 @@ def marked(s: int, t: int, groups: int, tile: int, block: int) -> list[Tensor]:
         (None, 2, torch.float32),
         (None, 1, torch.bfloat16),
         (UNEQUAL[0], 2, torch.bfloat16),
-        (UNEQUAL[1], 1, torch.float32),
+        (UNEQUAL[0], 1, torch.float32),
+        (UNEQUAL[1], 2, torch.float32),
+        (UNEQUAL[1], 1, torch.bfloat16),
     ],
 )
 def test_each_kernel_does_the_pairs_that_the_forward_found(

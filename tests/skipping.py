@@ -100,6 +100,16 @@ def adversary(
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
+def uneven(d: int, slopes: Tensor, *, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q (2, S, 4, D), k, v (2, S, 2, D): of one kv head in one row, whose number is the largest of both, a far key
+    dominates; the norms of any other would let it be dropped.
+    """
+    s = layout(d, torch.float32, triton=triton).length
+    q, k, v = (torch.randn(2, s, heads, d) for heads in (4, 2, 2))
+    k[1, 2, 1] = q[1, -1, 3] * 20
+    return q, k, v
+
+
 @functools.cache
 def trained() -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
     """q, k, v (1, 1024, 8, 16) of each block of a small MPT, and its slopes: trained here on Python's own library, byte

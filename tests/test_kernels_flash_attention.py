@@ -288,6 +288,11 @@ def test_what_is_skipped_does_not_matter(kind: str, dtype: torch.dtype, groups: 
     skipping.hold(torch_path, inputs, slopes, triton=False, **asked)
 
 
+def test_each_kv_head_of_each_row_has_norms_of_its_own():
+    slopes = torch.tensor([1.0, 0.5, 0.5, 0.25])
+    skipping.hold_dropped(*skipping.uneven(16, slopes, triton=False), slopes, triton=False, skips=True)
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_what_is_skipped_of_a_trained_model_does_not_matter(layer: int):
     layers, slopes = skipping.trained()

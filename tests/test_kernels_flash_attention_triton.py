@@ -290,6 +290,11 @@ def test_what_is_skipped_does_not_matter(kind: str, dtype: torch.dtype, groups: 
         skipping.hold(attend, inputs, SLOPES, triton=True, skips=skips, tight=tight)
 
 
+def test_each_kv_head_of_each_row_has_norms_of_its_own():
+    slopes = torch.tensor([1.0, 0.5, 0.5, 0.25])
+    skipping.hold_dropped(*skipping.uneven(16, slopes, triton=True), slopes, triton=True, skips=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", skipping.LIMITS)
 @pytest.mark.parametrize("shapes", UNEQUAL)

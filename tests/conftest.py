@@ -37,7 +37,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if getattr(item.obj, "is_hypothesis_test", False):
+        if isinstance(item, pytest.Function) and getattr(item.obj, "is_hypothesis_test", False):
             hypothesis.seed(SEED)(item.obj)  # what it draws repeats too
         if DEVICE != "cpu" and item.get_closest_marker("interpreter"):
             item.add_marker(pytest.mark.skip(reason="about Triton's interpreter, which is off on a GPU"))

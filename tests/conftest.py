@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 from device import DEVICE
 
@@ -41,6 +42,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = "gpu" in config.option.markexpr  # -m gpu runs them here as well, at small sizes
     for item in items:
+        if isinstance(item, pytest.Function) and getattr(item.obj, "is_hypothesis_test", False):
+            hypothesis.seed(SEED)(item.obj)  # what it draws repeats too
         if DEVICE != "cpu" and item.get_closest_marker("interpreter"):
             item.add_marker(pytest.mark.skip(reason="about Triton's interpreter, which is off on a GPU"))
         if DEVICE != "cpu" and (mark := item.get_closest_marker("cpu")):

@@ -3,22 +3,26 @@ it promises on them.
 """
 
 import functools
-import math
+import importlib
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from limits import LARGEST, Layout, along, least
 from torch import Tensor
 
 import kernels
 import mpt
-from kernels import reference
+from kernels import alibi, reference
+from kernels import flash_attention_torch as plain
 
-LARGEST = 2.0**-24  # of a row's total, what is skipped
+flash = importlib.import_module("kernels.flash_attention")  # kernels has a function of that name
+
 ADDED = 2.0**-22  # to the error of the dense kernel: of the largest value, of the largest gradient
 STEPS = 60  # of training
+DRAWS = 8  # more draws that decide a close call
 
 ADVERSARIES = (
     "norm 25",
@@ -32,19 +36,45 @@ ADVERSARIES = (
     "own key is the worst",
     "values of extremes",
     "at the limit",
+    "a row beyond the limit",
 )
-SKIPPED = ("norm 25", "equal keys", "zeros", "tiny", "values of extremes")  # where something must be left out
+SKIPPED = ("norm 25", "equal keys", "zeros", "tiny", "values of extremes", "at the limit")  # something must be left out
+
+LIMITS = ("at the limit", "a row beyond the limit")
+CASES = [  # with the heads of k and v, for two of q
+    *((kind, torch.float32, 2) for kind in ADVERSARIES),
+    *((kind, torch.bfloat16, 1) for kind in ADVERSARIES),
+    *((kind, torch.float16, 1) for kind in ("norm 25", *LIMITS)),
+]
 
 
-def adversary(kind: str, s: int, d: int, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (1, S, H, D) for the scale 1/sqrt(D), a head for each slope."""
-    q, k, v = (torch.randn(1, s, len(slopes), d) for _ in range(3))
+def layout(d: int, dtype: torch.dtype, *, triton: bool) -> Layout:
+    """That of the tables in use here."""
+    q = torch.empty(0, d, dtype=dtype)
+    if not triton:
+        rho = alibi._RHO if q.device.type == "cpu" else alibi._RHO_TF32
+        return Layout(plain.CHUNK, alibi.GRAIN, alibi.BAND, rho)
+    products = flash._products(q)
+    tiles = flash._tiles_for(q, products, 0.0)
+    return Layout(tiles.fwd.m, tiles.skip, None, flash._product_error(products))
+
+
+def adversary(
+    kind: str, d: int, slopes: Tensor, groups: int | None = None, *, triton: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (1, S, H, D), k and v (1, S, G, D) in dtype for the scale 1/sqrt(D): H slopes, S and the limits those of the
+    path's tables.
+    """
+    where = layout(d, dtype, triton=triton)
+    s, h = where.length, len(slopes)
+    q, k, v = (torch.randn(1, s, heads, d) for heads in (h, groups or h, groups or h))
+    own = q[:, :, :: h // k.shape[2]]  # of the first head that reads each key
     if kind == "norm 25":  # scale * |q||k|
         q, k = (x * 5 / d**0.25 for x in (q, k))
     elif kind == "huge norms":
         q, k = q * 30, k * 30
     elif kind == "one far key dominates":
-        k[:, 2] = q[:, -1] * 20
+        k[:, 2] = own[:, -1] * 20
     elif kind == "far keys a little larger":
         k[:, : s // 3] *= 3
     elif kind == "equal keys":
@@ -57,18 +87,26 @@ def adversary(kind: str, s: int, d: int, slopes: Tensor) -> tuple[Tensor, Tensor
         q, k = q * 1e19, k * 1e-19
         q[:, ::2] *= 1e-19
     elif kind == "own key is the worst":
-        k = -q.clone()
+        k = -own.clone()
         k[:, : s // 3] *= -1.5
     elif kind == "values of extremes":
         v[:, 0] *= 1e8
-    elif kind == "at the limit":  # later rows point at key 15, as long as the bound allows
-        k *= 0.2
-        k[..., 0] = 0
-        k[:, 15] = 0
-        k[:, 15, :, 0] = d**0.5
-        away = slopes * (torch.arange(s)[:, None] - 15) - 24.07 * math.log(2) - (1 / slopes + 0.6).log()
-        q[:] = 0
-        q[..., 0] = away.clamp_min(0)
+    elif kind in LIMITS:
+        q, k = torch.zeros_like(q), torch.zeros_like(k)
+        for g, shared in enumerate(slopes.split(h // k.shape[2])):
+            cut, size = along(shared, s, where, dtype, beyond=kind != "at the limit")
+            k[:, :cut, g, 0] = d**0.5  # times the scale: 1
+            q[0, :, g * len(shared) : (g + 1) * len(shared), 0] = size.mT.to(q.dtype)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def uneven(d: int, slopes: Tensor, *, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q (2, S, 4, D), k, v (2, S, 2, D): of one kv head in one row, whose number is the largest of both, a far key
+    dominates; the norms of any other would let it be dropped.
+    """
+    s = layout(d, torch.float32, triton=triton).length
+    q, k, v = (torch.randn(2, s, heads, d) for heads in (4, 2, 2))
+    k[1, 2, 1] = q[1, -1, 3] * 20
     return q, k, v
 
 
@@ -107,51 +145,77 @@ def trained() -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
 
 
 def starts(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, *, triton: bool, **rules: Any) -> Tensor:
-    """The first key that each query is given, (B, H, S), for as many heads of k as of q."""
+    """The first key that each query is given, (B, H, S)."""
     masks = (rules.get(name) for name in ("attention_mask", "sequence_id", "prefix_mask"))
-    settings = (True, q.shape[-1] ** -0.5, rules.get("window"), 0, 0.0, True, "ieee" if triton else None)
+    settings = (True, q.shape[-1] ** -0.5, rules.get("window"), 0, 0.0, True, flash._products(q) if triton else None)
     found = torch.ops.mpt.flash_attention(q, k, v, slopes, *masks, None, *settings)[2]
-    if not triton:  # (heads * batch, 1, chunks)
-        found = found.view(q.shape[2], q.shape[0], -1).transpose(0, 1)
-    tile = -(-q.shape[1] // found.shape[-1])
-    return found.repeat_interleave(1 << (tile - 1).bit_length(), -1)[..., : q.shape[1]]
+    if not triton:  # (kv heads * batch, query heads of each, chunks)
+        found = found.view(k.shape[2], q.shape[0], -1, found.shape[-1]).transpose(0, 1).flatten(1, 2)
+    tile = layout(q.shape[-1], q.dtype, triton=triton).tile
+    return found.repeat_interleave(tile, -1)[..., : q.shape[1]]
 
 
-def weights(q: Tensor, k: Tensor, slopes: Tensor, **rules: Any) -> Tensor:
+def weights(q: Tensor, k: Tensor, alibi_slopes: Tensor | None, **rules: Any) -> Tensor:
     """The probabilities (B, H, S, T) in float64."""
     eye = torch.eye(k.shape[1]).double()[None, :, None].expand(*k.shape[:3], -1)
     scale = q.shape[-1] ** -0.5
-    p = reference.flash_attention(q.double(), k.double(), eye, alibi_slopes=slopes, softmax_scale=scale, **rules)
+    p = reference.flash_attention(q.double(), k.double(), eye, alibi_slopes=alibi_slopes, softmax_scale=scale, **rules)
     assert isinstance(p, Tensor)
     return p.transpose(1, 2)
 
 
-def hold(
-    attend: Callable[..., Any], inputs: tuple[Tensor, Tensor, Tensor], slopes: Tensor, *, triton: bool, skips: bool
+def hold_dropped(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, *, triton: bool, skips: bool = False, tight: bool = False
 ) -> None:
-    """Hold `attend` to the promise on q, k, v in fp32: what a row is not given weighs at most 2^-24 of it, and the
-    errors of out and gradients are those of the same kernel without skipping, or what the error rule grants any, and
-    2^-22 of the largest value or gradient. skips: something has to be left out.
+    """What a row is not given weighs at most 2^-24 of it. skips: something has to be left out. tight: so that nearly as
+    much is lost.
     """
-    q, k, v = inputs
-    first = starts(q, k, v, slopes, triton=triton)
-    dropped = torch.arange(q.shape[1]) < first[..., None]
-    assert (weights(q, k, slopes) * dropped).sum(-1).max() <= LARGEST
+    dropped = torch.arange(q.shape[1]) < starts(q, k, v, slopes, triton=triton)[..., None]
+    lost = (weights(q, k, slopes) * dropped).sum(-1).max() / LARGEST
+    assert lost <= 1, f"the keys left out weigh {lost:.3g} * 2^-24"
     assert dropped.any() or not skips, "nothing was skipped"
-    do = torch.randn_like(v)
+    rho = layout(q.shape[-1], q.dtype, triton=triton).rho
+    assert lost >= least(q.dtype, rho) or not tight, f"the keys left out weigh {lost:.3g} * 2^-24 only"
+
+
+def hold(
+    attend: Callable[..., Any], inputs: tuple[Tensor, Tensor, Tensor], slopes: Tensor, *, triton: bool, **asked: bool
+) -> None:
+    """Hold `attend` to the promise on q, k, v: that of `hold_dropped`; and out and gradients are no farther from the
+    exact ones than those of the same kernel without skipping, and 2^-22 of the largest value or gradient.
+
+    Both errors are those of the few numbers that happen to round worst, and those differ where the order of a sum does.
+    Measured: of a thousand draws in fp32 one is over the bound, by up to 16 % of the error without skipping; at the
+    limit 50, by up to 240 %, as there the same keys lose 2^-24 of nearly every row, and their gradients the sum of it;
+    in 16 bits up to 80, by up to 150 %, where a gradient hangs on how one number of out was rounded. So the median of
+    more draws decides, as in tolerance.py.
+    """
+    hold_dropped(*inputs, slopes, triton=triton, **asked)
+    draws = [_excess(attend, inputs, slopes)]
+    for name in [name for name, ratio in draws[0].items() if ratio > 1]:
+        assert draws[0][name] <= 8, f"{name}: error over that without skipping {draws[0][name]:.2f}"
+        while abs(good := sum(1 if draw[name] <= 1 else -1 for draw in draws)) <= DRAWS + 1 - len(draws):
+            draws.append(_excess(attend, inputs, slopes))
+        assert good > 0, f"{name}: error over that without skipping {[round(draw[name], 2) for draw in draws]}"
+
+
+def _excess(attend: Callable[..., Any], inputs: tuple[Tensor, Tensor, Tensor], slopes: Tensor) -> dict[str, float]:
+    """For out and gradients of some gradient of out: the error, less what skipping may add, over that without it."""
+    (q, k, v), do = inputs, torch.randn_like(inputs[0])
 
     def run(function: Callable[..., Any], dtype: torch.dtype, **kwargs: Any) -> list[Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
         out = function(*leaves, alibi_slopes=slopes, **kwargs)
-        return [out.detach(), *torch.autograd.grad(out, leaves, do.to(dtype))]
+        return [x.double() for x in (out.detach(), *torch.autograd.grad(out, leaves, do.to(dtype)))]
 
     exact = run(reference.flash_attention, torch.float64)
-    plain = run(reference.flash_attention, torch.float32)
-    skipping, dense = (run(attend, torch.float32, skip=skip) for skip in (True, False))
-    for name, got, usual, torch_, true in zip(("out", "dq", "dk", "dv"), skipping, dense, plain, exact):
-        largest = (v if name == "out" else true).abs().max()
-        if name == "dq" and (k == k[:, :1]).all():
-            largest = do.abs().max() * v.abs().max() * k.abs().max()  # dq itself is zero but for rounding
-        error, allowed, simple = ((x.double() - true).abs().max() for x in (got, usual, torch_))
-        allowed = max(allowed, 2 * simple + 2 * torch.finfo(torch.float32).eps * true.abs().max())
-        assert error <= allowed + ADDED * largest, f"{name}: {error:.3e}, without skipping {allowed:.3e}"
+    skipping, dense = (run(attend, q.dtype, skip=skip) for skip in (True, False))
+    found = {}
+    for name, got, usual, true in zip(("out", "dq", "dk", "dv"), skipping, dense, exact):
+        largest = (v.double() if name == "out" else true).abs().max()
+        if name == "dq" and (k == k[:, :1]).all():  # dq itself is zero but for rounding
+            largest = do.double().abs().max() * v.double().abs().max() * k.double().abs().max()
+        error, without = ((x - true).abs().max() for x in (got, usual))
+        excess = float(error - ADDED * largest)
+        found[name] = excess / max(float(without), 1e-300) if excess > 0 else 0.0
+    return found

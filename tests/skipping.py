@@ -195,7 +195,8 @@ def hold(
     for name in [name for name, ratio in draws[0].items() if ratio > 1]:
         assert draws[0][name] <= 8, f"{name}: error over that without skipping {draws[0][name]:.2f}"
         while abs(good := sum(1 if draw[name] <= 1 else -1 for draw in draws)) <= DRAWS + 1 - len(draws):
-            draws.append(_excess(attend, inputs, slopes))
+            q, k, v = inputs
+            draws.append(_excess(attend, (q, k, v * (1 - 0.02 * torch.rand_like(v))), slopes))
         assert good > 0, f"{name}: error over that without skipping {[round(draw[name], 2) for draw in draws]}"
 
 

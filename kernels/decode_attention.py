@@ -516,7 +516,7 @@ def _argument_type(name: str, dtype: str) -> str:
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 _NEAR = 32  # newest keys, whose largest term bounds a row's total from below
-_LEAST = 2**31  # elements of keys times their length, below which finding the windows costs more than it saves
+_LEAST = 2**32  # elements of keys times their length, below which finding the windows costs more than it saves
 _WASTE = 2**15  # elements of keys that cost as much to read as a few calls: runs are joined over so many
 _FEW = 8  # queries of one product
 _CAST = 2**20  # elements of a cache in low precision that are widened at once

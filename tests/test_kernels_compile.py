@@ -287,6 +287,9 @@ def test_a_kernel_that_spills(rows):
         assert used["registers"] == 64  # all that its options let it have
         assert used["spill_bytes"] > 64
         assert used["local_in_loop"] > 0
+        # More than where nothing spills; Triton 3.6 counted 3 % fewer for gfx942.
+        least = 0.9 if architecture == "gfx942" else 1.0
+        assert used["per_score"] > least * rows[architecture, "fits"]["resources"]["per_score"]
         assert ["bytes of spills, over the limit of 64" in p for p in row["problems"]] == [True]
         marked = rows[architecture, "spills and must not"]
         assert ["loads and stores of spilled registers" in p for p in marked["problems"]] == [True]
